@@ -1,0 +1,114 @@
+"""Builds fused_ce._C. Only the extension is described here; everything else stands in pyproject.toml.
+
+Each instruction set needs flags of its own, which setuptools cannot give to a single source. So this file writes a
+build.ninja and lets ninja do the rest: in parallel, only what changed, headers included.
+Heeded from the environment: CXX (or CC), CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+COMMON = ["-O2", "-std=gnu++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+COMMON += ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: no wide vector crosses from one object file to another
+X86 = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+
+ROOT = Path(__file__).resolve().parent
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+# Should an inline function ever be in several objects, the linker keeps the first: not one an old processor lacks.
+SOURCES.sort(key=lambda source: Path(source).stem in X86)
+
+
+def environment(*names: str) -> list[str]:
+    return [word for name in names for word in shlex.split(os.environ.get(name, ""))]
+
+
+def find_compiler() -> tuple[list[str], str]:
+    """The compiler as words of a command, and the machine it compiles for."""
+    plus = {"clang": "clang++", "gcc": "g++", "cc": "c++"}
+    from_cc = [re.sub(r"\b(clang|gcc|cc)\b(?!\+)", lambda name: plus[name[0]], word) for word in environment("CC")]
+    found = [name for name in ("g++", "clang++", "c++") if shutil.which(name)]
+    compiler = environment("CXX") or from_cc or found[:1] or ["g++"]
+    try:
+        answer = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(
+            f"fused_ce needs a C++17 compiler, g++ or clang++, but `{shlex.join(compiler)}` did not run ({error}). "
+            "Install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install), or name yours in CXX."
+        ) from None
+    return compiler, answer.stdout.strip()
+
+
+def openmp(compiler: list[str]) -> list[str]:
+    """["-fopenmp"] where it compiles and links; [] elsewhere (Apple's clang), which gives single-threaded kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "openmp.cpp")
+        source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        flags = ["-fPIC", "-fopenmp", *environment("CPPFLAGS", "CXXFLAGS"), *LINK, *environment("LDFLAGS")]
+        command = [*compiler, *flags, str(source), "-o", str(source.with_suffix(".so"))]
+        return [] if subprocess.run(command, capture_output=True).returncode else ["-fopenmp"]
+
+
+class NinjaBuild(build_ext):
+    """build_ext that lets ninja compile and link."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # One folder for every kind of install: an editable install would build in a temporary one, from nothing.
+        folder = Path("build", f"ninja-{self.plat_name}-{sys.implementation.cache_tag}")
+        library = folder / "_C.so"
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        self.write_rules(folder, library)
+        # PATH may hold another ninja, or in an isolated build none: take the one of the package imported here.
+        program = next(file.locate() for file in metadata.files("ninja") if file.match("bin/ninja"))
+        if subprocess.run([program, "-f", folder / "build.ninja"], cwd=ROOT).returncode:
+            raise CompileError("ninja could not build fused_ce._C: the compiler's own message stands above.")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(ROOT / library), str(target))
+
+    def write_rules(self, folder: Path, library: Path) -> None:
+        import pybind11
+        from ninja import ninja_syntax
+
+        def words(*flags: str) -> str:
+            return ninja_syntax.escape(shlex.join(flags))
+
+        compiler, machine = find_compiler()
+        parallel = openmp(compiler)
+        x86 = machine.startswith(("x86_64", "amd64"))
+        common = [*COMMON, *parallel, *(["-DFUSED_CE_X86"] if x86 else [])]
+        python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
+        user = environment("CPPFLAGS", "CFLAGS", "CXXFLAGS")  # last, so that they win
+        with open(ROOT / folder / "build.ninja", "w") as file:
+            ninja = ninja_syntax.Writer(file, width=10_000)
+            ninja.variable("builddir", str(folder))
+            compile_command = f"{words(*compiler, *common)} $flags -MD -MF $out.d -c $in -o $out {words(*user)}"
+            link_command = f"{words(*compiler, *LINK, *parallel)} $in -o $out {words(*environment('LDFLAGS'))}"
+            ninja.rule("compile", compile_command, "compile $in", depfile="$out.d", deps="gcc")
+            ninja.rule("link", link_command, "link $out")
+            objects = []
+            for source in SOURCES:
+                name = Path(source).stem
+                if name in X86 and not x86:
+                    continue
+                flags = python if name == "bindings" else X86.get(name, [])
+                objects += ninja.build(str(folder / f"{name}.o"), "compile", source, variables={"flags": words(*flags)})
+            ninja.build(str(library), "link", objects)
+
+
+setup(ext_modules=[Extension("fused_ce._C", SOURCES, depends=HEADERS)], cmdclass={"build_ext": NinjaBuild})
