@@ -1,0 +1,257 @@
+r"""The mathematics of fused_ce, written once, in plain PyTorch: any device, any dtype, differentiable.
+
+`csrc/cross_entropy.inl.h` and `kernels.py` hold the same five functions, same letters, same order:
+
+    transform, transform_grad, row_lse, row_loss, row_grad
+
+One row of logits x (C classes), class weights w (1 if none), label smoothing e, logit scale k,
+softcap s, z-loss factor L (`lse_square_scale`):
+
+    z_c   = s tanh(k x_c / s)            (k x_c without softcap)              transform
+    lse   = log sum_c exp z_c                                                 row_lse
+    q_c   = (1 - e) w_y [c = y] + (e / C) w_c      target: class index y
+    q_c   = w_c ((1 - e) t_c + e / C)              target: probabilities t
+    a     = sum_c q_c
+    loss  = a lse - sum_c q_c z_c + L lse^2                                   row_loss
+    p_c   = exp(z_c - lse)
+    dz_c  = (a + 2 L lse) p_c - q_c
+    dx_c  = dz_c k / cosh(k x_c / s)^2   (dz_c k without softcap)             row_grad, transform_grad
+    an ignored row: loss = 0 and dx = 0, whatever its logits hold
+
+How it is computed. m is the largest z of the row, and one class y is left out of the sum:
+
+    so    = sum over c != y of exp(z_c - m),   e_y = exp(z_y - m)
+    lse   = m + log1p(so + (e_y - 1))
+    p_y   = e_y / (so + e_y),   1 - p_y = so / (so + e_y)
+
+Where y is certain (e_y = 1, so tiny), `1 + so` would round so away: log(1 + so) becomes 0 and p_y - 1
+becomes 0, which is why other cross entropies lose a confident row's loss and gradient. With so kept
+apart, every term of the loss is a sum of non-negative parts and nothing cancels. y is the target or,
+under probability targets, the largest logit. For the same reason the softcap's slope is 1 / cosh^2
+rather than the equal 1 - (z / s)^2.
+
+Origin of the parts: softmax minus one-hot as in Bridle (1990); label smoothing as in Szegedy et al.
+(2016); softcap as in Gemma 2 (2024); the z-loss L lse^2 as in PaLM (2022).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import Options
+
+
+class Lse(NamedTuple):
+    """The log-sum-exp of each row, kept in the two parts that lose nothing."""
+
+    m: Tensor  # (R,) the largest z
+    so: Tensor  # (R,) sum of exp(z - m) over the classes other than y
+
+    def minus_m(self, e_y: Tensor) -> Tensor:  # (R,) -> (R,)
+        return torch.log1p(self.so + (e_y - 1))
+
+
+# [1] transform
+def transform(x: Tensor, options: Options) -> Tensor:  # (R, C) -> (R, C)
+    z = x * options.logit_scale
+    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+
+
+# [2] transform_grad
+def transform_grad(x: Tensor, options: Options) -> Tensor | float:  # (R, C) -> dz/dx
+    if options.softcap is None:
+        return options.logit_scale
+    return options.logit_scale / torch.cosh(x * (options.logit_scale / options.softcap)) ** 2
+
+
+# [3] row_lse
+def row_lse(z: Tensor, y: Tensor) -> Lse:  # (R, C), (R,)
+    m = z.detach().amax(-1)
+    others = z.scatter(-1, y[:, None], -torch.inf)
+    return Lse(m, torch.exp(others - m[:, None]).sum(-1))
+
+
+# [4] row_loss
+def row_loss(
+    z: Tensor,  # (R, C)
+    lse: Lse,
+    y: Tensor,  # (R,)
+    probs: Tensor | None,  # (R, C)
+    weight: Tensor | None,  # (C,)
+    options: Options,
+) -> tuple[Tensor, Tensor]:  # (R,) cross entropy, (R,) z-loss
+    e = _smoothing(options)
+    z_y = z.gather(-1, y[:, None]).squeeze(-1)
+    lse_m = lse.minus_m(torch.exp(z_y - lse.m))
+    if probs is not None:
+        q = (1 - e) * probs + e / z.shape[-1]
+        loss = _weighted_sum(q * (lse_m[:, None] + (lse.m[:, None] - z)), weight)
+    else:
+        loss = lse_m + (lse.m - z_y)
+        if weight is not None:
+            loss = loss * weight[y]
+        if e > 0:
+            uniform = _weighted_sum(lse_m[:, None] + (lse.m[:, None] - z), weight)
+            loss = (1 - e) * loss + e / z.shape[-1] * uniform
+    return loss, options.lse_square_scale * (lse.m + lse_m) ** 2
+
+
+# [5] row_grad
+def row_grad(
+    x: Tensor,  # (R, C)
+    z: Tensor,  # (R, C)
+    lse: Lse,
+    y: Tensor,  # (R,)
+    probs: Tensor | None,  # (R, C)
+    weight: Tensor | None,  # (C,)
+    options: Options,
+    scale: Tensor,  # (R,) upstream gradient of the cross entropy
+    z_scale: Tensor,  # (R,) upstream gradient of the z-loss
+) -> Tensor:  # (R, C) dx
+    e, C = _smoothing(options), z.shape[-1]
+    onehot = torch.zeros_like(z).scatter(-1, y[:, None], 1.0)
+    w = z.new_ones(C) if weight is None else weight
+    q = w * ((1 - e) * (onehot if probs is None else probs) + e / C)
+    rest = (q * (1 - onehot)).sum(-1)  # a - q_y
+    e_y = torch.exp(z.gather(-1, y[:, None]).squeeze(-1) - lse.m)
+    s = lse.so + e_y
+    q_y = q.gather(-1, y[:, None]).squeeze(-1)
+    z_part = z_scale * 2 * options.lse_square_scale * (lse.m + lse.minus_m(e_y))
+    dz = (scale * (rest + q_y) + z_part)[:, None] * torch.exp(z - lse.m[:, None]) / s[:, None] - scale[:, None] * q
+    dz_y = (scale * rest + z_part) * (e_y / s) - scale * q_y * (lse.so / s)
+    return dz.scatter(-1, y[:, None], dz_y[:, None]) * transform_grad(x, options)
+
+
+def _smoothing(options: Options) -> float:
+    """torch reads a smoothing that is not above zero (NaN too) as none."""
+    return options.label_smoothing if options.label_smoothing > 0 else 0.0
+
+
+def _weighted_sum(terms: Tensor, weight: Tensor | None) -> Tensor:  # (R, C), (C,) -> (R,)
+    return (terms if weight is None else terms * weight).sum(-1)
+
+
+def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    """The whole loss as a differentiable composite of plain torch operators.
+
+    Takes what `torch.nn.functional.cross_entropy` takes (input (N, C, d1..dk) or (C), class indices or
+    probabilities) once torch has accepted the shapes, and every derivative of any order.
+    """
+    _, z, lse, y, probs, valid, w = _row_parts(input, target, weight, options)
+    loss, z_loss = row_loss(z, lse, y, probs, w, options)
+    loss, z_loss = torch.where(valid, loss, 0), torch.where(valid, z_loss, 0)
+    if options.reduction == "none":
+        total = (loss + z_loss).reshape(target.shape if probs is None else target.select(_class_dim(input), 0).shape)
+    else:
+        D, count = divisors(y, valid, probs, w, options)
+        total = loss.sum() / D + z_loss.sum() / count
+    return total.to(options.dtype or torch.promote_types(input.dtype, target.dtype if probs is not None else input.dtype))
+
+
+def divisors(
+    y: Tensor,  # (R,)
+    valid: Tensor,  # (R,)
+    probs: Tensor | None,  # (R, C)
+    weight: Tensor | None,  # (C,)
+    options: Options,
+) -> tuple[Tensor | float, Tensor | float]:
+    """What the cross entropy and the z-loss are divided by: class weights count in the first only."""
+    if options.reduction != "mean":
+        return 1.0, 1.0
+    if options.num_items is not None:
+        return options.num_items, options.num_items
+    count = valid.sum()
+    if weight is None or probs is not None:
+        return count, count
+    return torch.where(valid, weight[y], 0).sum(), count
+
+
+def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
+    """Why this backend cannot take the call, in words; an empty list when it can."""
+    reasons = []
+    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        reasons.append(f"the input is {input.dtype}; the formula is written for floating point logits")
+    if input.dim() == 0:
+        reasons.append("the input has no class dimension")
+    return reasons
+
+
+def forward(
+    input: Tensor,  # (N, C, d1..dk) or (C)
+    target: Tensor,  # (N, d1..dk) or () class indices, or probabilities of the input's shape
+    weight: Tensor | None,  # (C,)
+    options: Options,
+    schedule: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `dispatch.py` for the contract. The stats are left empty: backward recomputes them."""
+    if target.shape != input.shape:
+        check_target(target, input.shape[_class_dim(input)], options.ignore_index)
+    loss = cross_entropy(input, target, weight, options)
+    if schedule == "loss":
+        return loss, None, None
+    ones = torch.ones_like(loss)
+    grad = _grad(ones, input, target, weight, options) if schedule == "fused" else None
+    return loss, grad, input.new_empty(0)
+
+
+def backward(
+    grad_output: Tensor,  # () or the loss's shape
+    input: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    grad: Tensor | None,
+    stats: Tensor | None,
+    keep: bool,
+) -> Tensor:
+    if input is not None:
+        return _grad(grad_output, input, target, weight, options)
+    assert grad is not None
+    return (grad * grad_output).to(grad.dtype)
+
+
+def check_target(target: Tensor, C: int, ignore_index: int) -> None:
+    """Raise torch's own IndexError for a class index outside [0, C) that is not ignored."""
+    bad = ((target < 0) | (target >= C)) & (target != ignore_index)
+    if bad.any():
+        raise IndexError(f"Target {int(target[bad].flatten()[0])} is out of bounds.")
+
+
+def _grad(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    x, z, lse, y, probs, valid, w = _row_parts(input, target, weight, options)
+    D, count = divisors(y, valid, probs, w, options)
+    upstream = grad_output.reshape(-1).to(z.dtype).expand(z.shape[0])
+    dx = row_grad(x, z, lse, y, probs, w, options, upstream / D, upstream / count)
+    dx = torch.where(valid[:, None], dx, 0).to(input.dtype)
+    if input.dim() == 1:
+        return dx.reshape(input.shape)
+    return dx.reshape(input.shape[:1] + input.shape[2:] + input.shape[1:2]).movedim(-1, 1).contiguous()
+
+
+def _class_dim(input: Tensor) -> int:
+    return 0 if input.dim() == 1 else 1
+
+
+def _row_parts(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Lse, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Input as rows of x and z, with lse, y, probabilities if any, which rows count, and the class weights."""
+    wide = torch.float64 in (input.dtype, options.dtype, target.dtype)
+    acc = torch.float64 if wide else torch.float32
+    x = input.movedim(_class_dim(input), -1).reshape(-1, input.shape[_class_dim(input)]).to(acc)
+    if target.shape == input.shape:
+        probs = target.movedim(_class_dim(target), -1).reshape(x.shape).to(acc)
+        valid = torch.ones_like(x[:, 0], dtype=torch.bool)
+        z = transform(x, options)
+        y = z.argmax(-1)
+    else:
+        probs = None
+        valid = target.reshape(-1) != options.ignore_index
+        # An ignored row may hold inf or NaN: zeros in its place keep its loss and gradient at 0.
+        x = torch.where(valid[:, None], x, 0)
+        z = transform(x, options)
+        y = torch.where(valid, target.reshape(-1), 0).long()
+    return x, z, row_lse(z, y), y, probs, valid, None if weight is None else weight.to(acc)
