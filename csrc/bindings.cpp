@@ -1,0 +1,152 @@
+// The only file that knows Python: reads pointers, sizes and strides, releases the GIL, raises for a bad target.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "dispatch.h"
+
+namespace py = pybind11;
+using namespace fused_ce;
+
+namespace {
+
+// Below this many logits the work is shorter than handing the GIL over and back.
+constexpr int64_t KEEP_GIL = 4096;
+
+[[noreturn]] void refuse(const std::string& message) { throw py::value_error(message); }
+
+void* pointer(const py::handle& address) { return reinterpret_cast<void*>(address.cast<uintptr_t>()); }
+
+// (pointer, dtype code, sizes, strides) with the class dimension at `class_dim`, or without one (-1); or None.
+View view(const py::handle& tensor, int class_dim, const Call& call) {
+  View result{};
+  if (tensor.is_none()) return result;
+  const auto fields = py::reinterpret_borrow<py::tuple>(tensor);
+  const auto sizes = py::reinterpret_borrow<py::tuple>(fields[2]),
+             strides = py::reinterpret_borrow<py::tuple>(fields[3]);
+  result.data = pointer(fields[0]);
+  result.dtype = DType(fields[1].cast<int>());
+  int d = 0;
+  for (int i = 0; i < int(strides.size()); i++) {
+    const int64_t stride = strides[i].cast<int64_t>(), size = sizes[i].cast<int64_t>();
+    const bool is_class = i == class_dim;
+    if (d >= MAX_DIMS || size != (is_class ? call.C : call.dims.sizes[d])) refuse("sizes of input and target differ");
+    if (is_class) result.class_stride = stride;
+    else result.strides[d++] = stride;
+  }
+  return result;
+}
+
+// Merges row dimensions that lie one after the other in every tensor: most calls come down to one or two.
+void merge_dims(Call& call) {
+  View* const views[] = {&call.input, &call.target, &call.grad, &call.d_target};
+  RowDims& dims = call.dims;
+  int kept = 0;
+  for (int d = 1; d < dims.rank; d++) {
+    bool merges = true;
+    for (const View* v : views) merges &= !v->data || v->strides[kept] == v->strides[d] * dims.sizes[d];
+    if (!merges) kept++;
+    dims.sizes[kept] = merges ? dims.sizes[kept] * dims.sizes[d] : dims.sizes[d];
+    for (View* v : views) v->strides[kept] = v->strides[d];
+  }
+  dims.rank = kept + 1;
+}
+
+// options: (ignore_index, label_smoothing, logit_scale, softcap or 0, lse_square_scale)
+Call make_call(const py::tuple& input, const py::tuple& target, uintptr_t weight, const py::tuple& options,
+               const py::object& grad, const py::object& d_target) {
+  const auto sizes = py::reinterpret_borrow<py::tuple>(input[2]);
+  const int dim = int(sizes.size()), class_dim = dim > 1 ? 1 : 0;
+  if (dim < 1 || dim > MAX_DIMS)
+    refuse("expected 1 to " + std::to_string(MAX_DIMS) + " dimensions, got " + std::to_string(dim));
+  Call call{};
+  call.C = sizes[class_dim].cast<int64_t>();
+  call.rows = 1;
+  call.dims.rank = 0;
+  for (int i = 0; i < dim; i++) {
+    if (i == class_dim) continue;
+    call.dims.sizes[call.dims.rank++] = sizes[i].cast<int64_t>();
+    call.rows *= sizes[i].cast<int64_t>();
+  }
+  if (call.dims.rank == 0) call.dims.sizes[call.dims.rank++] = 1;
+  if (call.C < 1) refuse("expected at least one class, got " + std::to_string(call.C));
+  call.input = view(input, class_dim, call);
+  call.probs = DType(target[1].cast<int>()) < DType::int64;
+  call.target = view(target, call.probs ? class_dim : -1, call);
+  call.grad = view(grad, class_dim, call);
+  call.d_target = view(d_target, class_dim, call);
+  call.across = lanes_across_rows(call.C, call.input.class_stride, call.dims.rank);
+  if (call.rows > 0) merge_dims(call);
+  call.weight = reinterpret_cast<void*>(weight);
+  call.options = {options[0].cast<int64_t>(), options[1].cast<double>(), options[2].cast<double>(),
+                  options[3].cast<double>(), options[4].cast<double>()};
+  call.scale = 1;
+  return call;
+}
+
+template <class Work> void run(const Call& call, Work work) {
+  Refusal refusal;
+  if (call.rows * call.C < KEEP_GIL) {
+    refusal = work();
+  } else {
+    py::gil_scoped_release release;
+    refusal = work();
+  }
+  if (refusal.bad) throw py::index_error("Target " + std::to_string(refusal.target) + " is out of bounds.");
+}
+
+void forward_py(const py::tuple& input, const py::tuple& target, uintptr_t weight, const py::tuple& options,
+                int reduction, double num_items, uintptr_t loss, int loss_dtype, const py::object& grad,
+                uintptr_t stats, uintptr_t extras, int threads) {
+  Call call = make_call(input, target, weight, options, grad, py::none());
+  call.stats = reinterpret_cast<Stats*>(stats);
+  call.extras = reinterpret_cast<Extras*>(extras);
+  run(call, [&] {
+    return forward(call, Reduction(reduction), num_items, reinterpret_cast<void*>(loss), DType(loss_dtype), threads);
+  });
+}
+
+void backward_py(const py::tuple& input, const py::tuple& target, uintptr_t weight, const py::tuple& options,
+                 int reduction, double num_items, uintptr_t upstream, double scale, uintptr_t g_lse,
+                 const py::object& grad, const py::object& d_target, uintptr_t stats, int threads) {
+  Call call = make_call(input, target, weight, options, grad, d_target);
+  call.upstream = reinterpret_cast<void*>(upstream);
+  call.scale = scale;
+  call.g_lse = reinterpret_cast<void*>(g_lse);
+  call.stats = reinterpret_cast<Stats*>(stats);
+  run(call, [&] { return backward(call, Reduction(reduction), num_items, threads); });
+}
+
+py::list isa_names() {
+  py::list names;
+  int count;
+  const Isa* all = isas(&count);
+  for (int i = 0; i < count; i++)
+    if (all[i].runs_here()) names.append(all[i].name);
+  return names;
+}
+
+void set_isa_py(const std::string& name) {
+  if (!set_isa(name.c_str()))
+    refuse("instruction set must be one of " + py::str(isa_names()).cast<std::string>() + ", got '" + name +
+           "'; unset FUSED_CE_ISA to take the best");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.def("forward", forward_py);
+  m.def("backward", backward_py);
+  m.def("isa", [] { return isa().name; });
+  m.def("isa_names", isa_names);
+  m.def("set_isa", set_isa_py);
+  m.attr("stats_size") = sizeof(Stats) / sizeof(double);
+  m.attr("extras_size") = sizeof(Extras) / sizeof(double);
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  if (const char* forced = std::getenv("FUSED_CE_ISA")) set_isa_py(forced);
+}

@@ -1,0 +1,109 @@
+// Plain data that crosses from the bindings to the kernels: pointers, sizes, strides, options. No torch.
+#pragma once
+#include <cstdint>
+
+namespace fused_ce {
+
+// Always inlined: a copy compiled for one instruction set must not be the one that the linker keeps for all.
+#define FUSED_CE_INLINE inline __attribute__((always_inline))
+
+enum class DType : int { float32, float64, bfloat16, float16, int64, uint8 };
+enum class Reduction : int { none, mean, sum };
+
+constexpr int MAX_DIMS = 8;
+
+// Field order as in options.py; the letters are those of reference.py.
+struct Options {
+  int64_t ignore_index;
+  double label_smoothing;   // e; 0: none
+  double logit_scale;       // k
+  double softcap;           // s; 0: none
+  double lse_square_scale;  // L; under a mean already multiplied by D / count
+};
+
+// A tensor of one element, or one row of classes, for each row of the loss. Strides count elements.
+struct View {
+  void* data;
+  DType dtype;
+  int64_t class_stride;
+  int64_t strides[MAX_DIMS];
+};
+
+// Row r of the loss is the r-th of (N, d1..dk) in order.
+struct RowDims {
+  int rank;
+  int64_t sizes[MAX_DIMS];
+
+  FUSED_CE_INLINE int64_t offset(const View& view, int64_t row) const {
+    int64_t result = 0;
+    for (int d = rank - 1; d > 0; d--) {
+      result += row % sizes[d] * view.strides[d];
+      row /= sizes[d];
+    }
+    return result + row * view.strides[0];
+  }
+};
+
+// What stands between forward and backward for each row.
+struct Stats {
+  double m;     // the largest z
+  double so;    // sum of exp(z - m) over the classes other than y
+  double rest;  // a - q_y
+  int64_t y;    // the target; under probability targets the largest logit; -1: ignored
+};
+
+// What a row can tell besides its loss.
+struct Extras {
+  double lse, z_loss, entropy;
+  int64_t argmax;
+};
+
+// `acc` is double for float64 logits, float for all others. A null pointer: not given, not wanted.
+struct Call {
+  // inputs
+  View input;            // (N, C, d1..dk)
+  View target;           // (N, d1..dk) int64 or uint8; or probabilities (N, C, d1..dk)
+  const void* weight;    // (C) acc
+  const void* upstream;  // (rows) acc, of the loss
+  const void* g_lse;     // (rows) acc, of lse
+  // outputs
+  void* loss;      // (rows) acc; null: stats are read instead of written
+  Stats* stats;    // (rows)
+  Extras* extras;  // (rows)
+  View grad;       // (N, C, d1..dk), input's dtype
+  View d_target;   // (N, C, d1..dk), target's dtype
+  // sizes
+  RowDims dims;
+  int64_t rows, C;
+  bool probs;   // target holds probabilities
+  bool across;  // the lanes of a vector are rows, not classes
+  // options
+  Options options;
+  double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
+
+  FUSED_CE_INLINE int64_t target_index(int64_t row) const {
+    const int64_t offset = dims.offset(target, row);
+    return target.dtype == DType::uint8 ? static_cast<const uint8_t*>(target.data)[offset]
+                                        : static_cast<const int64_t*>(target.data)[offset];
+  }
+};
+
+// Rows [begin, end) of a call, on the calling thread. `scratch` holds 3 C vectors of 64 bytes, aligned, if `across`.
+using RowsFunction = void (*)(const Call& call, int64_t begin, int64_t end, void* scratch);
+
+// Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on its neighbours.
+bool lanes_across_rows(int64_t C, int64_t class_stride, int row_dims);
+
+struct Refusal {  // why a call was refused: an index outside [0, C)
+  bool bad;
+  int64_t target;
+};
+
+// The whole loss: checks the targets, runs the rows on `threads` threads, reduces. `call.loss` is this function's
+// own scratch; the result goes to `loss`, (rows) or one number of `loss_dtype`. Nothing is written when it refuses.
+Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DType loss_dtype, int threads);
+
+// The gradient from what forward left in `call.stats`; `call.scale` is the upstream gradient (times `upstream`).
+Refusal backward(Call call, Reduction reduction, double num_items, int threads);
+
+}  // namespace fused_ce

@@ -1,0 +1,51 @@
+#include "dispatch.h"
+
+#include <cstring>
+
+namespace fused_ce {
+namespace {
+
+bool always() { return true; }
+
+#ifdef FUSED_CE_X86
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+const Isa all[] = {
+#ifdef FUSED_CE_X86
+    {"avx512", has_avx512, avx512_rows},
+    {"avx2", has_avx2, avx2_rows},
+#endif
+    {"base", always, base_rows},
+};
+const Isa* chosen = nullptr;
+
+}  // namespace
+
+const Isa* isas(int* count) {
+  *count = sizeof all / sizeof all[0];
+  return all;
+}
+
+const Isa& isa() {
+  for (const Isa* i = all; !chosen; i++)
+    if (i->runs_here()) chosen = i;
+  return *chosen;
+}
+
+bool set_isa(const char* name) {
+  for (const Isa& i : all)
+    if (!std::strcmp(i.name, name) && i.runs_here()) {
+      chosen = &i;
+      return true;
+    }
+  return false;
+}
+
+}  // namespace fused_ce

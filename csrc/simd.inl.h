@@ -1,0 +1,245 @@
+// A vector of VECTOR_BYTES bytes: load, store, max, sum, exp, tanh. GCC and clang vector extensions only, so the
+// operators read like the mathematics; the compiler picks the instructions of the file's instruction set.
+// Included inside a namespace, once for each instruction set: nothing may be #included here.
+
+template <int bytes> struct Vectors;
+template <> struct Vectors<VECTOR_BYTES> {
+  typedef float f32 __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t i32 __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint32_t u32 __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint16_t u16 __attribute__((vector_size(VECTOR_BYTES / 2)));
+  typedef double f64 __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
+};
+typedef Vectors<VECTOR_BYTES> Vec;
+
+#define INLINE inline __attribute__((always_inline))
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+// Element type -> accumulation type, vector of it, integer vector of the same lanes.
+template <class T> struct Simd {
+  typedef float A;
+  typedef Vec::f32 V;
+  typedef Vec::i32 I;
+};
+template <> struct Simd<double> {
+  typedef double A;
+  typedef Vec::f64 V;
+  typedef Vec::i64 I;
+};
+
+template <class A> struct Constants;
+template <> struct Constants<float> {
+  static constexpr int lanes = VECTOR_BYTES / 4, mantissa = 23, bias = 127;
+  static constexpr float round = 0x1.8p23f, lowest = -87.3f;
+  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;  // few bits in hi: n * ln2_hi is exact
+};
+template <> struct Constants<double> {
+  static constexpr int lanes = VECTOR_BYTES / 8, mantissa = 52, bias = 1023;
+  static constexpr double round = 0x1.8p52, lowest = -708.3;
+  static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
+};
+
+INLINE Vec::f32 splat(float x) { return x - Vec::f32{}; }
+INLINE Vec::f64 splat(double x) { return x - Vec::f64{}; }
+
+template <class V> INLINE V max(V a, V b) { return a > b ? a : b; }
+
+template <class A, class V> INLINE A lane_max(V v) {
+  A result = v[0];
+  for (int i = 1; i < Constants<A>::lanes; i++) result = v[i] > result ? v[i] : result;
+  return result;
+}
+
+template <class A, class V> INLINE double lane_sum(V v) {
+  double result = 0;
+  for (int i = 0; i < Constants<A>::lanes; i++) result += v[i];
+  return result;
+}
+
+// ---- load and store: 16-bit elements widen to float on the way in and round to nearest even on the way out
+
+template <class W> INLINE W read(const void* p) {
+  W value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+template <class W> INLINE void write(void* p, W value) { __builtin_memcpy(p, &value, sizeof value); }
+
+INLINE Vec::f32 load(const float* p) { return read<Vec::f32>(p); }
+INLINE Vec::f64 load(const double* p) { return read<Vec::f64>(p); }
+INLINE void store(float* p, Vec::f32 v) { write(p, v); }
+INLINE void store(double* p, Vec::f64 v) { write(p, v); }
+
+INLINE Vec::f32 load(const bfloat16* p) {
+  return (Vec::f32)(__builtin_convertvector(read<Vec::u16>(p), Vec::u32) << 16);
+}
+INLINE void store(bfloat16* p, Vec::f32 v) {
+  Vec::u32 bits = (Vec::u32)v;
+  Vec::u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  Vec::u32 nan = (Vec::u32)(v != v);  // rounding could carry a NaN into infinity or zero
+  write(p, __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Vec::u16));
+}
+
+#if defined(__AVX512F__)
+typedef short f16bits __attribute__((vector_size(32)));
+INLINE Vec::f32 load(const float16* p) {
+  return (Vec::f32)__builtin_ia32_vcvtph2ps512_mask((__attribute__((vector_size(32))) short)read<f16bits>(p),
+                                                    Vec::f32{}, (unsigned short)-1, 4);
+}
+INLINE void store(float16* p, Vec::f32 v) {
+  write(p, (f16bits)__builtin_ia32_vcvtps2ph512_mask(v, 0, f16bits{}, (unsigned short)-1));
+}
+#elif defined(__F16C__)
+typedef short f16bits __attribute__((vector_size(16)));
+INLINE Vec::f32 load(const float16* p) { return (Vec::f32)__builtin_ia32_vcvtph2ps256(read<f16bits>(p)); }
+INLINE void store(float16* p, Vec::f32 v) { write(p, (f16bits)__builtin_ia32_vcvtps2ph256(v, 0)); }
+#else
+// Without a conversion instruction: exponents are rebased by a multiplication, which is exact and also brings
+// float16 subnormals to where float32 can hold them.
+INLINE Vec::f32 load(const float16* p) {
+  Vec::u32 h = __builtin_convertvector(read<Vec::u16>(p), Vec::u32);
+  Vec::f32 magnitude = (Vec::f32)((h & 0x7fff) << 13) * 0x1p112f;
+  Vec::u32 not_finite = (Vec::u32)((h & 0x7c00) == 0x7c00);
+  return (Vec::f32)((Vec::u32)magnitude | (not_finite & 0x7f800000) | ((h & 0x8000) << 16));
+}
+INLINE void store(float16* p, Vec::f32 v) {
+  Vec::u32 sign = (Vec::u32)v & 0x80000000;
+  Vec::u32 bits = (Vec::u32)v ^ sign;
+  // normal: round the 13 dropped bits to even; subnormal: adding 0.5 lets the adder round at 2^-24
+  Vec::u32 normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+  Vec::u32 tiny = (Vec::u32)((Vec::f32)bits + 0.5f) - 0x3f000000;
+  Vec::u32 is_tiny = (Vec::u32)(bits < 0x38800000), is_huge = (Vec::u32)(bits >= 0x477ff000);
+  Vec::u32 is_nan = (Vec::u32)(bits > 0x7f800000);
+  Vec::u32 h = (is_tiny & tiny) | (~is_tiny & normal);
+  h = (is_huge & 0x7c00) | (~is_huge & h);
+  h = (is_nan & 0x7e00) | (~is_nan & h) | (sign >> 16);
+  write(p, __builtin_convertvector(h, Vec::u16));
+}
+#endif
+
+// The last n < lanes elements of a row; lanes past them hold zeros.
+template <class T> INLINE typename Simd<T>::V load_first(const T* p, int64_t n) {
+  T padded[Constants<typename Simd<T>::A>::lanes] = {};
+  __builtin_memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+template <class T> INLINE void store_first(T* p, typename Simd<T>::V v, int64_t n) {
+  T padded[Constants<typename Simd<T>::A>::lanes];
+  store(padded, v);
+  __builtin_memcpy(p, padded, n * sizeof(T));
+}
+// v in the first n lanes, fill in the others.
+template <class A, class V> INLINE V keep_first(V v, int64_t n, A fill) {
+  for (int i = 0; i < Constants<A>::lanes; i++) v[i] = i < n ? v[i] : fill;
+  return v;
+}
+
+// ---- n elements of a dtype known at run time, `stride` apart, from and to acc
+
+template <class A, class T>
+INLINE void read_strided(A* out, const void* data, int64_t offset, int64_t stride, int64_t n) {
+  const T* p = static_cast<const T*>(data) + offset;
+  constexpr int L = Constants<typename Simd<T>::A>::lanes;
+  for (int64_t i = 0; i < n; i += L) {
+    const int64_t count = n - i < L ? n - i : L;
+    T element[L] = {};
+    for (int64_t j = 0; j < count; j++) element[j] = p[(i + j) * stride];
+    const auto v = load(element);
+    for (int64_t j = 0; j < count; j++) out[i + j] = A(v[j]);
+  }
+}
+template <class A>
+void read_elements(A* out, const void* data, DType dtype, int64_t offset, int64_t stride, int64_t n) {
+  switch (dtype) {
+    case DType::float32: return read_strided<A, float>(out, data, offset, stride, n);
+    case DType::float64: return read_strided<A, double>(out, data, offset, stride, n);
+    case DType::bfloat16: return read_strided<A, bfloat16>(out, data, offset, stride, n);
+    default: return read_strided<A, float16>(out, data, offset, stride, n);
+  }
+}
+
+template <class A, class T>
+INLINE void write_strided(void* data, int64_t offset, int64_t stride, const A* in, int64_t n) {
+  T* p = static_cast<T*>(data) + offset;
+  constexpr int L = Constants<typename Simd<T>::A>::lanes;
+  for (int64_t i = 0; i < n; i += L) {
+    const int64_t count = n - i < L ? n - i : L;
+    T element[L];
+    typename Simd<T>::V v = {};
+    for (int64_t j = 0; j < count; j++) v[j] = in[i + j];
+    store(element, v);
+    for (int64_t j = 0; j < count; j++) p[(i + j) * stride] = element[j];
+  }
+}
+template <class A>
+void write_elements(void* data, DType dtype, int64_t offset, int64_t stride, const A* in, int64_t n) {
+  switch (dtype) {
+    case DType::float32: return write_strided<A, float>(data, offset, stride, in, n);
+    case DType::float64: return write_strided<A, double>(data, offset, stride, in, n);
+    case DType::bfloat16: return write_strided<A, bfloat16>(data, offset, stride, in, n);
+    default: return write_strided<A, float16>(data, offset, stride, in, n);
+  }
+}
+
+// ---- exp and tanh
+
+// x = n ln2 + r with |r| <= ln2 / 2: gives 2^n and exp(r) - 1. Minimax polynomials of (exp(r) - 1 - r) / r^2
+// (Remez; relative error of exp 3.1e-9 for float, 3.6e-18 for double). x >= lowest, or NaN.
+template <class A, class V, class I> INLINE V expm1_reduced(V x, V* power) {
+  typedef Constants<A> K;
+  V t = x * A(1.442695040888963407) + K::round;
+  V n = t - K::round;
+  V r = (x - n * K::ln2_hi) - n * K::ln2_lo;
+  V p;
+  if constexpr (sizeof(A) == 4) {
+    p = splat(A(0.00138145840312));
+    p = p * r + A(0.00836872393598);
+    p = p * r + A(0.0416683887296);
+    p = p * r + A(0.166665205736);
+    p = p * r + A(0.499999934439);
+  } else {
+    p = splat(A(2.5000050912281526053e-8));
+    p = p * r + A(2.763026284487135397e-7);
+    p = p * r + A(2.7557586481304678554e-6);
+    p = p * r + A(0.000024801493061604863173);
+    p = p * r + A(0.00019841269506377611217);
+    p = p * r + A(0.0013888888943662552172);
+    p = p * r + A(0.008333333333494590428);
+    p = p * r + A(0.041666666666530051108);
+    p = p * r + A(0.16666666666666412269);
+    p = p * r + A(0.50000000000000106375);
+  }
+  *power = (V)(((I)t + K::bias) << K::mantissa);  // the low bits of t hold n
+  return r + (r * r) * p;
+}
+
+// exp of x <= 0; below `lowest` (subnormal results) exactly 0; NaN stays NaN.
+template <class A, class V, class I> INLINE V exp(V x) {
+  typedef Constants<A> K;
+  V clamped = x < K::lowest ? splat(K::lowest) : x;
+  V power;
+  V q = expm1_reduced<A, V, I>(clamped, &power);
+  V result = power + power * q;
+  return x < K::lowest ? V{} : result;
+}
+
+// tanh(u) = -em1 / (2 + em1) with em1 = exp(-2 |u|) - 1: no cancellation near 0.
+template <class A, class V, class I> INLINE V tanh(V u) {
+  typedef Constants<A> K;
+  V x = u < 0 ? 2 * u : -2 * u;
+  V clamped = x < K::lowest ? splat(K::lowest) : x;
+  V power;
+  V q = expm1_reduced<A, V, I>(clamped, &power);
+  V em1 = power * q + (power - 1);
+  V magnitude = -em1 / (2 + em1);
+  return u < 0 ? -magnitude : magnitude;
+}
+
+// 1 / cosh(u)^2 = 4 e / (1 + e)^2 with e = exp(-2 |u|): no cancellation where tanh nears 1.
+template <class A, class V, class I> INLINE V sech2(V u) {
+  V e = exp<A, V, I>(u < 0 ? 2 * u : -2 * u);
+  return 4 * e / ((1 + e) * (1 + e));
+}

@@ -1,0 +1,129 @@
+"""The "cpu" backend: hands tensors to the C++ kernels as pointers, sizes and strides."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# After torch, so that the kernels join torch's own OpenMP pool, which torch.set_num_threads governs.
+from .options import REDUCTIONS, Options
+
+_C: Any
+try:
+    from . import _C
+except ImportError as error:
+    _C = None
+    _missing = f"the C++ kernels are not built ({error}); pip install . builds them"
+
+_LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}
+_REDUCTIONS = {name: code for code, name in enumerate(REDUCTIONS)}
+_MAX_DIMS = 8
+
+
+def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
+    """Why the C++ kernels cannot take the call, in words; an empty list when they can."""
+    reasons = []
+    if _C is None:
+        reasons.append(_missing)
+    if not (input.is_cpu and target.is_cpu and (weight is None or weight.is_cpu)):
+        reasons.append(f"the tensors are on {input.device}, not all on the cpu")
+    if input.dtype not in _LOGITS:
+        reasons.append(f"the input is {input.dtype}, not float32, float64, bfloat16 or float16")
+    elif options.dtype not in (None, input.dtype) and not (options.dtype == torch.float32 and input.itemsize == 2):
+        reasons.append(f"the loss was asked for in {options.dtype} from {input.dtype} logits")
+    if target.dtype not in _DTYPES:
+        reasons.append(f"the target is {target.dtype}, not class indices (int64, uint8) or probabilities")
+    if not 1 <= input.dim() <= _MAX_DIMS:
+        reasons.append(f"the input has {input.dim()} dimensions, not 1 to {_MAX_DIMS}")
+    elif input.shape[0 if input.dim() == 1 else 1] == 0:
+        reasons.append("there are no classes")
+    return reasons
+
+
+def forward(
+    input: Tensor,  # (N, C, d1..dk) or (C)
+    target: Tensor,  # (N, d1..dk) or (), or probabilities of the input's shape
+    weight: Tensor | None,  # (C)
+    options: Options,
+    schedule: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss; with schedule "fused" its gradient; unless "loss" the stats (rows, 4) that backward needs."""
+    rows = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    shape = rows if options.reduction == "none" else ()
+    loss = torch.empty(shape, dtype=options.dtype or input.dtype)
+    grad = torch.empty(input.shape, dtype=input.dtype) if schedule == "fused" else None
+    stats = torch.empty((rows.numel(), _C.stats_size), dtype=torch.float64) if schedule != "loss" else None
+    weight = _in_acc(weight, input)
+    _C.forward(
+        _view(input),
+        _view(target),
+        0 if weight is None else weight.data_ptr(),
+        *_options(options),
+        loss.data_ptr(),
+        _DTYPES[loss.dtype],
+        None if grad is None else _view(grad),
+        0 if stats is None else stats.data_ptr(),
+        0,
+        torch.get_num_threads(),
+    )
+    return loss, grad, stats
+
+
+def backward(
+    grad_output: Tensor,  # () or (N, d1..dk)
+    input: Tensor | None,  # (N, C, d1..dk) or (C); None: changed since forward
+    target: Tensor,
+    weight: Tensor | None,  # (C)
+    options: Options,
+    grad: Tensor | None,  # the input's shape, made by forward for an upstream gradient of 1
+    stats: Tensor,  # (rows, 4)
+    keep: bool,
+) -> Tensor:
+    scalar = grad_output.dim() == 0
+    upstream = grad_output.item() if scalar else 1.0
+    if grad is not None:
+        if upstream == 1.0:
+            return grad.clone() if keep else grad
+        if input is None or grad.itemsize > 2 or math.frexp(upstream)[0] in (0.5, -0.5):
+            # One more rounding, or none for a power of two.
+            return grad * upstream if keep else grad.mul_(upstream)
+    assert input is not None
+    grad = torch.empty(input.shape, dtype=input.dtype)
+    weight = _in_acc(weight, input)
+    vector = None if scalar else _in_acc(grad_output, input)
+    _C.backward(
+        _view(input),
+        _view(target),
+        0 if weight is None else weight.data_ptr(),
+        *_options(options),
+        0 if vector is None else vector.data_ptr(),
+        upstream,
+        0,
+        _view(grad),
+        None,
+        stats.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad
+
+
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def _in_acc(tensor: Tensor | None, input: Tensor) -> Tensor | None:
+    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return None if tensor is None else tensor.detach().to(acc).contiguous()
+
+
+def _options(options: Options) -> tuple[Any, ...]:
+    smoothing = options.label_smoothing if options.label_smoothing > 0 else 0.0
+    return (
+        (options.ignore_index, smoothing, options.logit_scale, options.softcap or 0.0, options.lse_square_scale),
+        _REDUCTIONS[options.reduction],
+        math.nan if options.num_items is None else float(options.num_items),
+    )
