@@ -1,0 +1,53 @@
+"""Which backend takes a call: the only file that matches tensors to backends.
+
+A backend is a module with three names:
+
+    unsupported(input, target, weight, options) -> list[str]
+        why it cannot take the call, in words; empty when it can
+    forward(input, target, weight, options, schedule) -> (loss, grad, stats)
+        schedule "loss": the loss alone; "fused": loss and gradient in one pass; "recompute": the loss
+        and what backward needs to recompute the gradient (stats)
+    backward(grad_output, input, target, weight, options, grad, stats, keep) -> grad
+        the gradient for this upstream gradient, from what forward gave; `keep`: grad is needed again
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+from . import cpu, gpu, reference
+from .options import Options
+
+# In order of preference. The reference is never chosen unasked: torch's own operators are faster.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": gpu, "reference": reference}
+
+
+def choose(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, name: str | None
+) -> ModuleType | None:
+    """The backend for this call, or None where only a torch composite will do.
+
+    `name` (or the variable FUSED_CE_BACKEND) forces one.
+
+    Raises:
+        ValueError: no backend of that name.
+        NotImplementedError: the backend asked for cannot take the call; the message lists why.
+    """
+    name = name or os.environ.get("FUSED_CE_BACKEND")
+    if name is None:
+        for backend in (cpu, gpu):
+            if not backend.unsupported(input, target, weight, options):
+                return backend
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (choose for me), got {name!r}")
+    reasons = BACKENDS[name].unsupported(input, target, weight, options)
+    if reasons:
+        raise NotImplementedError(
+            f"backend {name!r} cannot take input {tuple(input.shape)} {input.dtype} on {input.device} with target "
+            f"{tuple(target.shape)} {target.dtype}: {'; '.join(reasons)}. Drop backend= to let fused_ce choose."
+        )
+    return BACKENDS[name]

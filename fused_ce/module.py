@@ -1,0 +1,60 @@
+"""`CrossEntropyLoss`: `torch.nn.CrossEntropyLoss` with fused_ce's kernels and keywords."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import cross_entropy
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """A drop-in for `torch.nn.CrossEntropyLoss`; see `fused_ce.cross_entropy` for every argument.
+
+    Shape:
+        input (N, C), (C) or (N, C, d1..dk); target (N), () or (N, d1..dk), or probabilities of the
+        input's shape; output a scalar, or the target's shape with reduction="none".
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,  # (C,)
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        dtype: torch.dtype | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        lse_square_scale: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.dtype = dtype
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.lse_square_scale = lse_square_scale
+        self.backend = backend
+
+    def forward(
+        self,
+        input: Tensor,  # (N, C)
+        target: Tensor,  # (N,)
+        num_items: float | Tensor | None = None,  # ()
+    ) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            dtype=self.dtype,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            lse_square_scale=self.lse_square_scale,
+            num_items=num_items,
+            backend=self.backend,
+        )
