@@ -41,5 +41,5 @@ build: .venv/installed
 
 # Leaves .venv; remove that by hand to start from nothing.
 clean:
-	rm -rf build dist *.egg-info fused_ce/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info mnist_from_scratch.png fused_ce/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find fused_ce tests examples benchmarks -name __pycache__ -exec rm -rf {} +

@@ -23,7 +23,7 @@ COMMON = ["-O2", "-std=gnu++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errn
 COMMON += ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: no wide vector crosses from one object file to another
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
 }
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 

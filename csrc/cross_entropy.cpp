@@ -14,7 +14,7 @@ namespace fused_ce {
 namespace {
 
 // Below this many bytes of logits a second thread costs more than it saves (measured: docs/performance.md).
-constexpr int64_t SERIAL_BYTES = 1 << 16;
+[[maybe_unused]] constexpr int64_t SERIAL_BYTES = 1 << 16;
 constexpr int64_t HUGE_PAGE = 1 << 21;
 constexpr int64_t WIDEST_VECTOR = 64;  // bytes
 
@@ -77,7 +77,6 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, double* divis
     }
     if (!call.weight) weights = double(count);
   }
-  *divisor = 1;
   if (reduction == Reduction::mean) {
     const bool given = num_items == num_items;  // not NaN
     *divisor = given ? num_items : weights;
@@ -87,22 +86,32 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, double* divis
   return {false, 0};
 }
 
+uint32_t float_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// Both round to nearest even.
+uint16_t bfloat16_bits(float value) {
+  const uint32_t bits = float_bits(value);
+  return uint16_t(value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+uint16_t float16_bits(float value) {
+  const uint32_t bits = float_bits(value) & 0x7fffffff, sign = (float_bits(value) >> 16) & 0x8000;
+  if (value != value) return uint16_t(sign | 0x7e00);
+  if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  // A subnormal is rounded at 2^-24 by the adder itself.
+  if (bits < 0x38800000) return uint16_t(sign | (float_bits(__builtin_fabsf(value) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | ((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13));
+}
+
 void store_number(void* p, int64_t i, DType dtype, double value) {
   switch (dtype) {
     case DType::float64: static_cast<double*>(p)[i] = value; break;
     case DType::float32: static_cast<float*>(p)[i] = float(value); break;
-    case DType::float16: {
-      const _Float16 half = _Float16(value);
-      __builtin_memcpy(static_cast<char*>(p) + 2 * i, &half, 2);
-      break;
-    }
-    default: {
-      const float single = float(value);
-      uint32_t bits;
-      __builtin_memcpy(&bits, &single, 4);
-      const uint32_t rounded = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      static_cast<uint16_t*>(p)[i] = uint16_t(rounded);
-    }
+    case DType::float16: static_cast<uint16_t*>(p)[i] = float16_bits(float(value)); break;
+    default: static_cast<uint16_t*>(p)[i] = bfloat16_bits(float(value));
   }
 }
 
@@ -130,7 +139,7 @@ bool lanes_across_rows(int64_t C, int64_t class_stride, int row_dims) {
 }
 
 Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DType loss_dtype, int threads) {
-  double divisor;
+  double divisor = 1;
   const Refusal refusal = prepare(call, reduction, num_items, &divisor);
   if (refusal.bad) return refusal;
   const std::unique_ptr<double[]> losses(new double[call.rows]);  // large enough for either acc
@@ -142,7 +151,7 @@ Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DT
 }
 
 Refusal backward(Call call, Reduction reduction, double num_items, int threads) {
-  double divisor;
+  double divisor = 1;
   call.loss = nullptr;
   const Refusal refusal = prepare(call, reduction, num_items, &divisor);
   if (!refusal.bad) run_rows(call, threads);

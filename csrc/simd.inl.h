@@ -83,19 +83,12 @@ INLINE void store(bfloat16* p, Vec::f32 v) {
   write(p, __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Vec::u16));
 }
 
-#if defined(__AVX512F__)
-typedef short f16bits __attribute__((vector_size(32)));
-INLINE Vec::f32 load(const float16* p) {
-  return (Vec::f32)__builtin_ia32_vcvtph2ps512_mask((__attribute__((vector_size(32))) short)read<f16bits>(p),
-                                                    Vec::f32{}, (unsigned short)-1, 4);
-}
-INLINE void store(float16* p, Vec::f32 v) {
-  write(p, (f16bits)__builtin_ia32_vcvtps2ph512_mask(v, 0, f16bits{}, (unsigned short)-1));
-}
-#elif defined(__F16C__)
-typedef short f16bits __attribute__((vector_size(16)));
-INLINE Vec::f32 load(const float16* p) { return (Vec::f32)__builtin_ia32_vcvtph2ps256(read<f16bits>(p)); }
-INLINE void store(float16* p, Vec::f32 v) { write(p, (f16bits)__builtin_ia32_vcvtps2ph256(v, 0)); }
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+INLINE Vec::f32 load(const float16* p) { return (Vec::f32)_mm512_cvtph_ps(read<__m256i>(p)); }
+INLINE void store(float16* p, Vec::f32 v) { write(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
+#elif VECTOR_BYTES == 32 && defined(__F16C__)
+INLINE Vec::f32 load(const float16* p) { return (Vec::f32)_mm256_cvtph_ps(read<__m128i>(p)); }
+INLINE void store(float16* p, Vec::f32 v) { write(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
 #else
 // Without a conversion instruction: exponents are rebased by a multiplication, which is exact and also brings
 // float16 subnormals to where float32 can hold them.

@@ -40,7 +40,7 @@ class CrossEntropy(torch.autograd.Function):
         # forward, and so does the fused schedule, which does not need them again.
         ctx.input, ctx.input_version = input, input._version
         ctx.options, ctx.backend, ctx.composite = options, backend, composite
-        return loss
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

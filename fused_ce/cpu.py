@@ -33,8 +33,10 @@ def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: O
         reasons.append(f"the tensors are on {input.device}, not all on the cpu")
     if input.dtype not in _LOGITS:
         reasons.append(f"the input is {input.dtype}, not float32, float64, bfloat16 or float16")
-    elif options.dtype not in (None, input.dtype) and not (options.dtype == torch.float32 and input.itemsize == 2):
+    elif options.dtype == torch.float64 and torch.float64 not in (input.dtype, target.dtype):
         reasons.append(f"the loss was asked for in {options.dtype} from {input.dtype} logits")
+    elif options.dtype is not None and options.dtype.itemsize < input.itemsize:
+        reasons.append(f"rounding {input.dtype} logits to {options.dtype} first takes a copy")
     if target.dtype not in _DTYPES:
         reasons.append(f"the target is {target.dtype}, not class indices (int64, uint8) or probabilities")
     if not 1 <= input.dim() <= _MAX_DIMS:

@@ -79,8 +79,8 @@ def cross_entropy(
         check_extras(options)
     if not (_is_ordinary_call() and _is_ordinary(input, target, weight, options)):
         return _composite(input, target, weight, options)
-    if dtype is None and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        options = options._replace(dtype=torch.float32)
+    if dtype is None:
+        options = options._replace(dtype=_loss_dtype(input, target))
     chosen = dispatch.choose(input, target, weight, options, backend)
     if chosen is None:
         return _composite(input, target, weight, options)
@@ -89,6 +89,14 @@ def cross_entropy(
         return loss
     composite = partial(_composite, target=target, weight=weight, options=options)
     return CrossEntropy.apply(input, target, weight, options, chosen, composite)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """torch's rule: the input's dtype, at least float32 under autocast, promoted with that of probabilities."""
+    dtype = input.dtype
+    if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+        dtype = torch.float32
+    return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
 
 
 def _is_ordinary_call() -> bool:
@@ -104,23 +112,36 @@ def _is_ordinary_call() -> bool:
 
 
 def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> bool:
-    """Plain strided tensors, of shapes that torch accepts for class indices, with valid options."""
+    """Plain strided tensors and options that torch accepts; all else is torch's to judge, in its own words."""
+    if not (_is_plain(input) and _is_plain(target) and (weight is None or _is_plain(weight))):
+        return False
+    dim = input.dim()
+    if dim == 0 or not input.is_floating_point():
+        return False
+    C = input.shape[0 if dim == 1 else 1]
+    if target.shape == input.shape:
+        fits = target.is_floating_point() and options.ignore_index < 0
+    else:
+        rows = input.shape[:0] if dim == 1 else input.shape[:1] + input.shape[2:]
+        is_index = target.dtype == torch.int64 or (target.dtype == torch.uint8 and dim <= 2)
+        fits = is_index and target.shape == rows
+    if weight is not None:
+        # torch takes uint8 targets with a weight, but not with smoothing too.
+        fits = fits and weight.shape == (C,) and weight.dtype == input.dtype and not weight.requires_grad
+        fits = fits and (target.dtype != torch.uint8 or not options.label_smoothing > 0)
     return (
-        type(input) in _PLAIN
-        and type(target) in _PLAIN
-        and weight is None
-        and input.layout is torch.strided
-        and target.layout is torch.strided
-        and input.dim() in (1, 2)
-        and target.shape == input.shape[:-1]
-        and not target.is_floating_point()
+        fits
         and type(options.ignore_index) is int
         and -(2**63) <= options.ignore_index < 2**63
         and options.reduction in REDUCTIONS
         and type(options.label_smoothing) in (float, int)
-        and options.label_smoothing <= 0
-        and not input.is_neg()
+        and not options.label_smoothing > 1
+        and not target.requires_grad
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
 
 
 def _composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -20,7 +21,7 @@ class Options(NamedTuple):
     lse_square_scale: float = 0.0  # L
     reduction: str = "mean"
     dtype: torch.dtype | None = None  # of the loss; None: the input's
-    num_items: float | None = None  # replaces the divisor of the mean
+    num_items: float | Tensor | None = None  # (), replaces the divisor of the mean
 
     @property
     def is_plain(self) -> bool:

@@ -148,7 +148,8 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options:
     else:
         D, count = divisors(y, valid, probs, w, options)
         total = loss.sum() / D + z_loss.sum() / count
-    return total.to(options.dtype or torch.promote_types(input.dtype, target.dtype if probs is not None else input.dtype))
+    promoted = input.dtype if probs is None else torch.promote_types(input.dtype, target.dtype)
+    return total.to(options.dtype or promoted)
 
 
 def divisors(

@@ -1,3 +1,5 @@
+#include <immintrin.h>
+
 #include "../dispatch.h"
 
 #define VECTOR_BYTES 64
