@@ -21,9 +21,10 @@ from setuptools.errors import CompileError
 
 COMMON = ["-O2", "-std=gnu++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 COMMON += ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: no wide vector crosses from one object file to another
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
+    "avx512": [*AVX512, "-mfma", "-mf16c", "-Wno-maybe-uninitialized"],  # g++ 12 warns of its own intrinsics
 }
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 

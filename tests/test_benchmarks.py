@@ -1,0 +1,121 @@
+"""The benchmark runs, writes what it measured, and times nobody whose values are wrong. How fast is never tested."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fused_ce.dispatch import BACKENDS
+
+pytest.importorskip("rich")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark_cli(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import cross_entropy
+
+    return cross_entropy
+
+
+@pytest.mark.skipif(BACKENDS["cpu"]._C is None, reason="fused_ce._C is not built")
+def test_command_line_writes_json(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    options = ["--shapes", "8x10", "--dtype", "f32", "--peers", "torch,fused_ce", "--seconds", "0.01", "--json", file]
+    subprocess.run([sys.executable, BENCHMARKS / "cross_entropy.py", *options], check=True, capture_output=True)
+    result = json.loads(file.read_text())
+    facts = "date commit cpu cores threads load instruction_set huge_pages python torch triton fused_ce"
+    assert set(facts.split()) <= set(result["machine"])
+    assert result["yardstick"] == "torch"
+    torch_row, fused_row, copy_row = result["rows"]
+    for row in result["rows"]:
+        assert row["status"] == "timed", row["reason"]
+        assert (row["N"], row["C"], row["dtype"], row["mode"]) == (8, 10, "float32", "fwd_bwd")
+        assert row["rounds"] >= 7
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_s"] / 1e9)
+        assert row["of_bound"] == pytest.approx(copy_row["median_s"] / row["median_s"])
+    assert fused_row["ratio"] == pytest.approx(torch_row["median_s"] / fused_row["median_s"])
+    assert (torch_row["schedule"], fused_row["schedule"], copy_row["schedule"]) == ("3R+3W", "1R+1W", "1R+1W")
+    assert fused_row["bytes"] == 2 * 8 * 10 * 4
+    assert fused_row["grad_error_ulp"] < 16
+
+
+def rows_with(
+    peer: Any, benchmark_cli: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *options: str
+) -> dict[str, Any]:
+    monkeypatch.setitem(benchmark_cli.PEERS, "stranger", peer)
+    file = tmp_path / "out.json"
+    arguments = ["--shapes", "5x7", "--dtype", "f32", "--peers", "torch,stranger", "--seconds", "0", *options]
+    assert benchmark_cli.main([*arguments, "--json", str(file)]) == 0
+    return {row["peer"]: row for row in json.loads(file.read_text())["rows"]}
+
+
+def altered(benchmark_cli: ModuleType, loss_factor: float, grad_factor: float) -> Any:
+    def stranger(problem: Any) -> Any:
+        right = benchmark_cli.PEERS["torch"](problem)
+
+        def run() -> tuple[Any, Any]:
+            loss, grad = right.run()
+            return loss * loss_factor, grad * grad_factor
+
+        return right._replace(run=run)
+
+    return stranger
+
+
+@pytest.mark.parametrize(
+    ("reduction", "loss", "grad", "named"),
+    [("mean", 1.001, 1, "loss"), ("sum", 1, torch.nan, "gradient"), ("none", 1, 0.999, "gradient")],
+)
+def test_wrong_peer_is_refused(
+    benchmark_cli: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    reduction: str,
+    loss: float,
+    grad: float,
+    named: str,
+) -> None:
+    wrong = altered(benchmark_cli, loss, grad)
+    rows = rows_with(wrong, benchmark_cli, monkeypatch, tmp_path, "--reduction", reduction)
+    assert rows["torch"]["status"] == "timed"
+    assert rows["stranger"]["status"] == "refused"
+    assert rows["stranger"]["median_s"] is None
+    assert rows["stranger"]["reason"].startswith(f"wrong: {named} is")
+    assert "refused: stranger on 5x7 float32: wrong" in capsys.readouterr().out
+
+
+def test_absent_peer_is_skipped(benchmark_cli: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(problem: Any) -> Any:
+        import a_package_that_nobody_has
+
+        return a_package_that_nobody_has
+
+    row = rows_with(absent, benchmark_cli, monkeypatch, tmp_path)["stranger"]
+    assert row["status"] == "skipped"
+    assert row["reason"] == "ModuleNotFoundError: No module named 'a_package_that_nobody_has'"
+
+
+def test_results_of_other_libraries_are_read(
+    benchmark_cli: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stranger(problem: Any) -> Any:
+        right = benchmark_cli.PEERS["torch"](problem)
+
+        def run() -> tuple[Any, Any]:
+            loss, grad = right.run()
+            return loss.item(), grad.numpy()
+
+        return right._replace(run=run)
+
+    row = rows_with(stranger, benchmark_cli, monkeypatch, tmp_path)["stranger"]
+    assert row["status"] == "timed", row["reason"]
