@@ -1,0 +1,268 @@
+"""THE table of calls that every backend is held to. A new option is a new row here, not a new test."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ce.options import Options
+
+f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+inf, nan = torch.inf, torch.nan
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity
+class Case:
+    """One call; `build` makes its tensors."""
+
+    id: str
+    N: int = 3
+    C: int = 10
+    pixels: tuple[int, ...] = ()  # d1..dk
+    dtype: torch.dtype = f32
+    logits: Callable[[Tensor, Tensor], Tensor] = lambda x, y: x  # of standard normal x (R, C) and class indices (R)
+    target: Callable[[Tensor], Tensor] = lambda y: y  # of random class indices (R)
+    probs: torch.dtype | None = None  # a target of probabilities
+    weight: Callable[[int], Tensor] | None = None  # of C
+    layout: Callable[[Tensor], Tensor] = lambda x: x  # other strides
+    options: dict[str, Any] = field(default_factory=dict)
+    may_decline: tuple[str, ...] = ()  # backends that need not take it
+
+    def __str__(self) -> str:
+        return self.id
+
+    def build(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None, Options]:
+        seed = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+        R = self.N * math.prod(self.pixels)
+        y = torch.randint(self.C, (R,), generator=seed)
+        x = self.logits(torch.randn(R, self.C, generator=seed, dtype=f64), y)
+        if self.probs is None:
+            target = self.target(y.to(device))
+            target = target.view(self.N, *self.pixels) if self.pixels else target
+        else:
+            # A third of the classes has no probability at all.
+            target = torch.randn(R, self.C, generator=seed, dtype=f64).softmax(1)
+            target = self.layout(self._shaped(target.index_fill(1, torch.arange(1, self.C, 3), 0), self.probs, device))
+        weight = None if self.weight is None else self.weight(self.C).to(device, self.dtype)
+        return self.layout(self._shaped(x, self.dtype, device)), target, weight, Options(**self.options)
+
+    def _shaped(self, rows: Tensor, dtype: torch.dtype, device: str) -> Tensor:  # (R, C) -> (N, C, d1..dk)
+        return rows.to(device, dtype).view(self.N, *self.pixels, self.C).movedim(-1, 1).contiguous()
+
+
+def put(*rows: list[float]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Logits that begin with these values in the first rows."""
+
+    def logits(x: Tensor, y: Tensor) -> Tensor:
+        for i, row in enumerate(rows):
+            x[i, : len(row)] = torch.tensor(row, dtype=x.dtype)
+        return x
+
+    return logits
+
+
+def set_at(index: Any, value: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def logits(x: Tensor, y: Tensor) -> Tensor:
+        x[index] = value
+        return x
+
+    return logits
+
+
+def ignore(*rows: int, value: int = -100) -> Callable[[Tensor], Tensor]:
+    return lambda y: y.index_fill(0, torch.tensor(rows, device=y.device), value)
+
+
+def always(*classes: int) -> Callable[[Tensor], Tensor]:
+    return lambda y: y.new_tensor(classes)
+
+
+def confident(margin: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The target stands `margin` above the largest of the rest."""
+    return lambda x, y: x.scatter(1, y[:, None], x.amax(1, keepdim=True) + margin)
+
+
+def ramp(C: int) -> Tensor:
+    return torch.linspace(0.25, 2, C)
+
+
+def padded(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.full_like(x[:, :3], nan)], 1)[:, : x.shape[1]]
+
+
+def misaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, 0)[::2]
+
+
+EVERYTHING = {"label_smoothing": 0.1, "logit_scale": 0.7, "softcap": 2.0, "lse_square_scale": 1e-2}
+OPTIONS = {
+    "smoothing": {"label_smoothing": 0.1},
+    "smoothing-1": {"label_smoothing": 1.0},
+    "smoothing-nan": {"label_smoothing": nan},
+    "smoothing-below-0": {"label_smoothing": -0.5},
+    "scale": {"logit_scale": 0.5},
+    "scale-below-0": {"logit_scale": -1.5},
+    "softcap-2": {"softcap": 2.0},
+    "softcap-30": {"softcap": 30.0},
+    "z-loss": {"lse_square_scale": 1e-3},
+    "num-items": {"num_items": 7.0},
+    "z-loss-num-items": {"lse_square_scale": 1e-2, "num_items": 0.5},
+    "everything": EVERYTHING,
+}
+TRITON = ("triton",)  # what its kernels do not take yet
+LAYOUTS = {
+    "padded": padded,
+    "misaligned": misaligned,
+    "rows-apart": rows_apart,
+    "one-row-expanded": lambda x: x[:1].expand(x.shape),
+    "transposed": lambda x: x.T.contiguous().T,
+    "columns-apart": lambda x: torch.stack([x, x], 2).flatten(1)[:, ::2],
+    "one-column-expanded": lambda x: x[:, :1].expand(x.shape),
+    "one-value-expanded": lambda x: x[:1, :1].expand(x.shape),
+}
+PIXEL_LAYOUTS = {
+    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
+    "pixels-apart": lambda x: torch.stack([x, x], -1)[..., 0],
+    "pixels-turned": lambda x: x.mT.contiguous().mT,
+    "misaligned": misaligned,
+    "images-apart": rows_apart,
+    "one-image-expanded": lambda x: x[:1].expand(x.shape),
+    "one-pixel-expanded": lambda x: x[..., :1, :1].expand(x.shape),
+}
+PIXELS = ((1,), (5,), (16,), (17,), (67,), (3, 2), (2, 1, 3), (1, 2, 1, 2, 1))
+TARGETS = {
+    "misaligned": lambda y: torch.cat([y[:1], y])[1:],
+    "apart": lambda y: y.repeat_interleave(2)[::2],
+    "expanded": lambda y: y[:1].expand(y.shape),
+    "uint8": lambda y: y.to(torch.uint8),
+    "first-and-last": lambda y: y.new_tensor([0, 99, 0]),
+}
+NON_FINITE = {  # C = 3, target 0
+    "target-is-minus-inf": put([-inf, 0, 1]),
+    "other-is-minus-inf": put([0, -inf, 1]),
+    "others-are-minus-inf": put([0, -inf, -inf]),
+    "all-minus-inf": put([-inf, -inf, -inf]),
+    "plus-inf": put([0, inf, 1]),
+    "target-is-plus-inf": put([inf, 0, 1]),
+    "nan": put([0, nan, 1]),
+    "huge": put([3e38, 3e38, 3e38], [-3e38, -3e38, -3e38], [1e30, 1e30, 0]),
+}
+SIZES = (1, 2, 3, 10, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 1000, 1023, 1024, 1025, 4096, 4097)
+
+
+def _cases() -> Iterator[Case]:
+    for C in SIZES:
+        for dtype in (f32, bf16) if C not in (1, 17, 100, 1025) else (f32, bf16, f16, f64):
+            yield Case(f"C{C}-{str(dtype)[6:]}", C=C, dtype=dtype)
+        # With a softcap a padding lane of -inf would become -s, and be counted.
+        yield Case(f"C{C}-everything", C=C, options=EVERYTHING, weight=ramp, target=ignore(1))
+    for C, dtype in ((32001, bf16), (50257, f16), (50257, f32), (131073, bf16)):
+        yield Case(f"C{C}-{str(dtype)[6:]}", N=1, C=C, dtype=dtype)
+    yield Case("no-rows", N=0)
+    yield Case("no-rows-sum", N=0, options={"reduction": "sum"})
+    yield Case("many-rows", N=300, C=5)
+    for name, options in OPTIONS.items():
+        for dtype in (f32, f64, bf16, f16):
+            yield Case(f"{name}-{str(dtype)[6:]}", C=100, dtype=dtype, options=options)
+        yield Case(f"{name}-weight-ignore", C=33, options=options, weight=ramp, target=ignore(0))
+    for reduction in ("none", "sum", "mean"):
+        for dtype in (f32, f64, bf16, f16):
+            options = {"reduction": reduction}
+            yield Case(f"{reduction}-{str(dtype)[6:]}", N=5, C=65, dtype=dtype, options=options)
+        yield Case(f"{reduction}-weight-ignore", N=5, options=options, weight=ramp, target=ignore(0, 3))
+        yield Case(f"{reduction}-all-ignored", options=options, target=ignore(0, 1, 2))
+        without_num_items = EVERYTHING | {"reduction": reduction, "ignore_index": 2}
+        yield Case(f"{reduction}-everything", options=without_num_items, weight=ramp, target=ignore(0, value=2))
+    for dtype in (bf16, f16):
+        yield Case(f"float32-loss-{str(dtype)[6:]}", C=100, dtype=dtype, options={"dtype": f32})
+        yield Case(f"float32-losses-{str(dtype)[6:]}", C=100, dtype=dtype, options={"dtype": f32, "reduction": "none"})
+    for name, layout in LAYOUTS.items():
+        for dtype in (f32, bf16):
+            yield Case(f"layout-{name}-{str(dtype)[6:]}", C=65, dtype=dtype, layout=layout)
+    for reduction in ("mean", "none"):
+        alone = {"layout": lambda x: x[0], "target": lambda y: y[0]}  # (C) and ()
+        yield Case(f"one-row-alone-{reduction}", N=1, C=65, options={"reduction": reduction}, **alone)
+    for name, target in TARGETS.items():
+        yield Case(f"target-{name}", C=100, target=target)
+    yield Case("ignored-uint8", C=100, target=lambda y: y.new_tensor([7, 255, 3]).byte(), options={"ignore_index": 255})
+    yield Case("ignored-positive", target=always(4, 2, 4), options={"ignore_index": 4})
+    yield Case("ignored-above-C", target=always(1, 2, 10**12), options={"ignore_index": 10**12})
+    for value in (nan, inf, -inf):
+        yield Case(f"ignored-row-of-{value}", logits=set_at(1, value), target=ignore(1))
+        yield Case(f"ignored-row-with-{value}", logits=set_at((1, 3), value), target=ignore(1), options=EVERYTHING)
+    for name, logits in NON_FINITE.items():
+        for reduction in ("none", "sum"):
+            options = {"reduction": reduction}
+            yield Case(f"{name}-{reduction}", C=3, logits=logits, target=always(0, 1, 2), options=options)
+        yield Case(f"{name}-smoothing", C=3, logits=logits, target=always(0, 0, 0), options=OPTIONS["smoothing"])
+    first_blocks = set_at((slice(None), slice(4096)), -inf)
+    for dtype in (f32, bf16):
+        yield Case(f"first-blocks-minus-inf-{str(dtype)[6:]}", C=4097 + 64, dtype=dtype, logits=first_blocks)
+    yield Case("weight-zero", weight=lambda C: ramp(C).index_fill(0, torch.tensor([3]), 0), target=always(3, 1, 3))
+    for margin in (5, 10, 15, 20, 30, 60):
+        for dtype in (f32, bf16, f16):
+            yield Case(f"margin-{margin}-{str(dtype)[6:]}", C=1000, dtype=dtype, logits=confident(margin))
+    for name, change in {"x10": lambda x, y: x * 10, "plus-1000": lambda x, y: x + 1000}.items():
+        for dtype in (f32, bf16, f16):
+            yield Case(f"{name}-{str(dtype)[6:]}", C=1000, dtype=dtype, logits=change)
+    for dtype in (f32, f64, bf16, f16):  # at the cap, where 1 - tanh^2 would round to 0
+        name = f"softcap-reached-{str(dtype)[6:]}"
+        yield Case(name, C=1000, dtype=dtype, logits=lambda x, y: x * 10, options={"softcap": 3.0})
+    yield Case("plus-1e4", C=1000, logits=lambda x, y: x + 1e4)
+    yield Case("up-to-1e4", C=1000, dtype=bf16, logits=lambda x, y: x * 3e3)
+    yield Case("f16-sum-above-65504", N=300, C=4, dtype=f16, logits=lambda x, y: x.scatter(1, y[:, None], -300.0))
+    yield from _pixels()
+    yield from _probabilities()
+
+
+def _pixels() -> Iterator[Case]:
+    for pixels in PIXELS:
+        for dtype in (f32, f64, bf16, f16):
+            yield Case(f"pixels-{pixels}-{str(dtype)[6:]}", N=2, C=17, pixels=pixels, dtype=dtype, may_decline=TRITON)
+        shape = {"N": 2, "pixels": pixels, "weight": ramp, "may_decline": TRITON}
+        yield Case(f"pixels-{pixels}-everything", C=5, options=EVERYTHING, target=ignore(1), **shape)
+        yield Case(f"pixels-{pixels}-none", C=130, options=EVERYTHING | {"reduction": "none"}, **shape)
+    for name, layout in PIXEL_LAYOUTS.items():
+        for C, probs in ((19, None), (1030, None), (19, f32)):
+            target = f"{C}-probabilities" if probs else C
+            shape = {"N": 2, "C": C, "pixels": (3, 5), "probs": probs, "may_decline": TRITON}
+            yield Case(f"pixels-layout-{name}-{target}", layout=layout, **shape)
+    for value in (nan, inf, -inf):
+        row = {"logits": set_at(1, value), "target": ignore(1), "may_decline": TRITON}
+        yield Case(f"pixels-ignored-{value}", N=2, pixels=(3,), options={"reduction": "none"}, **row)
+    yield Case("no-pixels", pixels=(0,), may_decline=TRITON)
+
+
+def _probabilities() -> Iterator[Case]:
+    for C in (1, 2, 17, 64, 100, 1025, 4097):
+        yield Case(f"probabilities-C{C}", C=C, probs=f32, may_decline=TRITON)
+    for name, options in OPTIONS.items():
+        yield Case(f"probabilities-{name}", C=33, probs=f32, options=options, weight=ramp, may_decline=TRITON)
+    for dtype in (f32, f64, bf16, f16):
+        for probs in (f32, f64, bf16, f16):
+            options = {"dtype": torch.promote_types(dtype, probs)}
+            name = f"probabilities-{str(dtype)[6:]}-{str(probs)[6:]}"
+            yield Case(name, C=33, dtype=dtype, probs=probs, options=options, may_decline=TRITON)
+    for reduction in ("none", "sum"):
+        options = {"reduction": reduction}
+        yield Case(f"probabilities-{reduction}", C=33, probs=f32, options=options, may_decline=TRITON)
+    yield Case("probabilities-pixels", N=2, C=33, pixels=(7, 3), probs=f32, options=EVERYTHING, may_decline=TRITON)
+    for name, logits in NON_FINITE.items():
+        options = {"reduction": "none"}
+        yield Case(f"probabilities-{name}", C=3, probs=f32, logits=logits, options=options, may_decline=TRITON)
+    for margin in (5, 20, 60):
+        yield Case(f"probabilities-margin-{margin}", C=33, probs=f32, logits=confident(margin), may_decline=TRITON)
+
+
+CASES = list(_cases())
+assert len({case.id for case in CASES}) == len(CASES)

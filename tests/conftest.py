@@ -1,0 +1,123 @@
+"""Fixtures: the backends under test, poisoned memory, and a Triton interpreter that rounds as hardware does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from fused_ce.dispatch import BACKENDS
+
+_C = BACKENDS["cpu"]._C
+ISAS = _C.isa_names() if _C else []
+HAS_TRITON = find_spec("triton") is not None
+INTERPRET = HAS_TRITON and not torch.cuda.is_available()
+if INTERPRET:
+    # Read where triton is imported, and by gpu.py. Only tests that ask for Triton see it again: an ordinary call on the
+    # CPU does not know of the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import_module("fused_ce.kernels")
+    del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch's own, when forward-mode differentiation is first used.
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script:DeprecationWarning")
+
+
+class Backend(NamedTuple):
+    """One implementation of the contract in `fused_ce/dispatch.py`, and where its tensors live."""
+
+    name: str
+    module: ModuleType
+    device: str
+
+
+def _backend_params() -> list[Any]:
+    cpu = [f"cpu[{isa}]" for isa in ISAS] or [pytest.param("cpu", marks=pytest.mark.skip("fused_ce._C is not built"))]
+    triton = "triton" if HAS_TRITON else pytest.param("triton", marks=pytest.mark.skip("triton is not installed"))
+    return ["reference", *cpu, triton]
+
+
+@pytest.fixture(params=_backend_params())
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend that runs on this machine; the C++ one once for each instruction set."""
+    name, _, isa = request.param.rstrip("]").partition("[")
+    with ExitStack() as stack:
+        if isa:
+            stack.callback(_C.set_isa, _C.isa())
+            _C.set_isa(isa)
+        if name == "triton" and INTERPRET:
+            stack.enter_context(pytest.MonkeyPatch.context()).setenv("TRITON_INTERPRET", "1")
+            stack.enter_context(np.errstate(all="ignore"))  # the interpreter is NumPy; inf - inf is silent on a GPU
+        yield Backend(name, BACKENDS[name], "cuda" if name == "triton" and not INTERPRET else "cpu")
+
+
+@pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip("fused_ce._C is not built"))])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of the C++ backend that this processor runs."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised tensors hold NaN or a huge integer, so that an element nobody wrote is seen."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_and_fill(*args: Any, **kwargs: Any) -> torch.Tensor:
+            result = allocate(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return result
+            with torch.no_grad():
+                if result.is_floating_point():
+                    result.fill_(torch.nan)
+                elif result.dtype in (torch.uint8, torch.int32, torch.int64):
+                    result.fill_(torch.iinfo(result.dtype).max)
+            return result
+
+        return allocate_and_fill
+
+    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def triton_rounds_like_hardware() -> Iterator[None]:
+    """The interpreter truncates float32 to bfloat16; hardware rounds to nearest, ties to even."""
+    if not INTERPRET:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.cast_impl
+
+    def cast(self: Any, source: Any, to: Any) -> Any:
+        pair = (source.dtype.scalar, to.scalar)
+        if pair == (tl.float32, tl.bfloat16):
+            return TensorHandle(round_to_bfloat16(source.data), tl.bfloat16)
+        if pair == (tl.bfloat16, tl.float32):
+            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return original(self, source, to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", cast)
+        yield
+
+
+def round_to_bfloat16(data: np.ndarray) -> np.ndarray:  # float32 -> the bits of bfloat16 in uint16
+    bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(data), (bits >> 16) | 0x40, nearest).astype(np.uint16)

@@ -1,0 +1,109 @@
+"""The C++ kernels: on every instruction set the same bits for any number of threads, any batch and any address."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from accuracy import bits
+from calls import x, y
+from cases import EVERYTHING, misaligned, padded, rows_apart
+from torch import Tensor
+
+from fused_ce import cpu
+from fused_ce.options import Options
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((1, 50257), (5, 50257), (20011, 3), (513, 1000), (3, 5, 80, 80))  # above the size that takes threads
+pytestmark = pytest.mark.skipif(cpu._C is None, reason="fused_ce._C is not built")
+every_isa = pytest.mark.usefixtures("isa")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def everything(input: Tensor, target: Tensor, options: Options) -> list[Tensor]:
+    """Every result of a forward and a backward, as bits."""
+    schedule = "recompute" if options.reduction == "none" else "fused"
+    loss, grad, stats = cpu.forward(input, target, None, options, schedule)
+    upstream = torch.full_like(loss, 0.3)
+    again = cpu.backward(upstream, input, target, None, options, None, stats, True)
+    return [bits(t) for t in (loss, grad, stats, again) if t is not None]
+
+
+@every_isa
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("keywords", [{}, EVERYTHING | {"reduction": "none"}], ids=["mean", "everything"])
+def test_threads_do_not_matter(dtype: torch.dtype, shape: tuple[int, ...], keywords: dict[str, Any]) -> None:
+    input, target = x(*shape, dtype=dtype), y(shape[0], *shape[2:], C=shape[1])
+    options = Options(**keywords)
+    torch.set_num_threads(1)
+    expected = everything(input, target, options)
+    for count in (2, 3, 4, 7):
+        torch.set_num_threads(count)
+        assert all(map(torch.equal, everything(input, target, options), expected))
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("C", [3, 17, 1000, 4099])
+def test_batch_and_address_do_not_matter(dtype: torch.dtype, C: int) -> None:
+    for keywords in ({}, EVERYTHING):
+        options = Options(reduction="none", **keywords)
+        input, target = x(9, C, dtype=dtype), y(9, C=C)
+        expected = everything(input, target, options)
+        for other in (misaligned(input), padded(input), rows_apart(input)):
+            assert all(map(torch.equal, everything(other, target, options), expected))
+        for rows in (slice(4, 5), slice(2, 7), slice(None, None, 3)):
+            got = everything(input[rows], target[rows], options)
+            assert all(torch.equal(mine, all_rows[rows]) for mine, all_rows in zip(got, expected, strict=True))
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_one_row_without_a_batch_is_the_same(dtype: torch.dtype) -> None:
+    input, target = x(4, 100, dtype=dtype), y(4)
+    batch = everything(input, target, Options(reduction="none"))
+    alone = everything(input[1], target[1], Options(reduction="none"))
+    assert all(torch.equal(mine.reshape(-1), its[1].reshape(-1)) for mine, its in zip(alone, batch, strict=True))
+
+
+@every_isa
+def test_nothing_is_written_for_a_bad_target() -> None:
+    input, target = x(3, 5), torch.tensor([0, 5, 1])
+    _, _, stats = cpu.forward(input, y(3), None, Options(), "recompute")
+    before = stats.clone()
+    for bad in (5, -1, 2**60):
+        target[1] = bad
+        with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.$"):
+            cpu.forward(input, target, None, Options(), "fused")
+        # The target was changed after forward: backward must not read past the row either.
+        with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.$"):
+            cpu.backward(torch.ones(()), input, target, None, Options(), None, stats, True)
+    assert torch.equal(stats, before)
+
+
+def test_names(isa: str) -> None:
+    assert cpu._C.isa() == isa
+    assert cpu._C.isa_names()[-1] == "base"
+    with pytest.raises(ValueError, match=r"instruction set must be one of .*, got 'sse9'"):
+        cpu._C.set_isa("sse9")
+    assert cpu._C.isa() == isa
+
+
+def test_the_variable_chooses() -> None:
+    slowest = cpu._C.isa_names()[-1]
+    code = "from fused_ce import _C; print(_C.isa())"
+    result = subprocess.run([sys.executable, "-c", code], env={"FUSED_CE_ISA": slowest}, capture_output=True, text=True)
+    assert result.stdout.strip() == slowest, result.stderr

@@ -1,0 +1,69 @@
+"""`Options` and the keywords that torch does not have: what they refuse, and in which words."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from calls import x, y
+
+from fused_ce import cross_entropy
+from fused_ce.options import REDUCTIONS, Options, check_extras
+
+REFUSED = [
+    ({"logit_scale": torch.inf}, "logit_scale must be a finite number, got inf"),
+    ({"logit_scale": torch.nan}, "logit_scale must be a finite number, got nan"),
+    ({"softcap": 0.0}, "softcap must be a positive finite number or None (no softcap), got 0.0"),
+    ({"softcap": -30.0}, "softcap must be a positive finite number or None (no softcap), got -30.0"),
+    ({"softcap": torch.inf}, "softcap must be a positive finite number or None (no softcap), got inf"),
+    ({"softcap": torch.nan}, "softcap must be a positive finite number or None (no softcap), got nan"),
+    ({"lse_square_scale": -torch.inf}, "lse_square_scale must be a finite number, got -inf"),
+    ({"num_items": 3, "reduction": "sum"}, 'num_items replaces the divisor of reduction="mean", got reduction="sum"'),
+    ({"num_items": 3, "reduction": "none"}, 'num_items replaces the divisor of reduction="mean", got reduction="none"'),
+]
+
+
+@pytest.mark.parametrize(("keywords", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refuses(keywords: dict[str, Any], message: str) -> None:
+    for refuse in (lambda: check_extras(Options(**keywords)), lambda: cross_entropy(x(3, 5), y(3), **keywords)):
+        with pytest.raises(ValueError, match="got") as error:
+            refuse()
+        assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{"logit_scale": -2.0}, {"logit_scale": 0.0}, {"softcap": 1e-3}, {"lse_square_scale": -0.1}, {"num_items": 0.5}],
+    ids=str,
+)
+def test_accepts(keywords: dict[str, Any]) -> None:
+    check_extras(Options(**keywords))
+    assert cross_entropy(x(3, 5), y(3), **keywords).isfinite()
+
+
+def test_defaults_are_those_of_the_public_function() -> None:
+    defaults = {name: given.default for name, given in inspect.signature(cross_entropy).parameters.items()}
+    for name, value in Options()._asdict().items():
+        assert defaults[name] == value
+
+
+@pytest.mark.parametrize(
+    ("keywords", "plain"),
+    [
+        ({}, True),
+        ({"label_smoothing": 0.1, "ignore_index": 3, "reduction": "sum", "dtype": torch.float32}, True),
+        ({"logit_scale": 2.0}, False),
+        ({"softcap": 5.0}, False),
+        ({"lse_square_scale": 1e-4}, False),
+        ({"num_items": 2}, False),
+    ],
+    ids=str,
+)
+def test_is_plain(keywords: dict[str, Any], plain: bool) -> None:
+    assert Options(**keywords).is_plain == plain
+
+
+def test_reductions_in_the_order_of_the_kernels() -> None:
+    assert REDUCTIONS == ("none", "mean", "sum")  # csrc/cross_entropy.h counts the same way

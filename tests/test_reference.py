@@ -1,0 +1,132 @@
+"""The formula itself: `reference.py` in float64 against torch, against its own autograd, and against decimals."""
+
+from __future__ import annotations
+
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+from accuracy import relative_error, same_kind
+from cases import CASES, EVERYTHING, OPTIONS, Case, confident, ignore, ramp
+from oracle import composed, exact_grad, exact_loss, terms
+from torch import Tensor
+
+from fused_ce import reference
+from fused_ce.options import Options
+
+Call = tuple[Tensor, Tensor, "Tensor | None", Options]
+
+
+def in_float64(case: Case) -> Call:
+    input, target, weight, options = case.build()
+    weight = None if weight is None else weight.double()
+    target = target.double() if target.is_floating_point() else target
+    return input.double(), target, weight, options._replace(dtype=None)
+
+
+def torch_is_exact(case: Case) -> bool:
+    """torch's float64 loses confident rows, and writes NaN gradients into ignored rows that are not finite."""
+    return not any(word in case.id for word in ("margin", "x10", "reached", "up-to", "ignored-row", "pixels-ignored", "huge"))
+
+
+@pytest.mark.parametrize("case", list(filter(torch_is_exact, CASES)), ids=str)
+def test_equals_torch_in_float64(case: Case) -> None:
+    input, *rest = call = in_float64(case)
+    input = input.detach().clone().requires_grad_()
+    theirs = composed(input, *rest)
+    (their_grad,) = torch.autograd.grad(theirs.sum(), input)
+    ones = torch.ones_like(theirs)
+    theirs = theirs.detach()
+    loss, grad, _ = reference.forward(*call, "fused")
+    assert same_kind(loss, theirs)
+    assert relative_error(loss, theirs) < 1e-13
+    assert same_kind(grad, their_grad)
+    assert relative_error(grad, their_grad, terms(ones, *call) + 1e-300) < 1e-11
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 5, 3), (2, 5, 3, 2)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_row_grad_equals_autograd(options: str, shape: tuple[int, ...], probabilities: bool) -> None:
+    options = Options(**OPTIONS[options])
+    seed = torch.Generator().manual_seed(len(shape))
+    input = torch.randn(shape, generator=seed, dtype=torch.float64, requires_grad=True)
+    if probabilities:
+        target = torch.rand(shape, generator=seed, dtype=torch.float64)
+    else:
+        target = torch.randint(5, shape[:-1] if len(shape) == 1 else (shape[0], *shape[2:]), generator=seed)
+    for reduction in ("mean", "sum", "none") if options.num_items is None else ("mean",):
+        call = input, target, ramp(5).double(), options._replace(reduction=reduction)
+        loss = reference.cross_entropy(*call)
+        upstream = torch.randn(loss.shape, generator=seed, dtype=torch.float64)
+        (by_autograd,) = torch.autograd.grad(loss, input, upstream)
+        by_formula = reference.backward(upstream, *call, None, None, True)
+        torch.testing.assert_close(by_formula, by_autograd, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(loss, composed(*call), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, "none"])
+def test_derivatives(options: str) -> None:
+    options = Options(reduction="none") if options == "none" else Options(**OPTIONS[options])
+    input = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    target = ignore(1)(torch.tensor([4, 0, 2]))
+
+    def loss(input: Tensor) -> Tensor:
+        return reference.cross_entropy(input, target, ramp(5).double(), options)
+
+    assert torch.autograd.gradcheck(loss, input, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(loss, input)
+
+
+def decimals(x: Tensor, y: int) -> tuple[float, Tensor]:
+    """Loss and gradient of one row; p_y - 1 may need 300 digits."""
+    with localcontext() as context:
+        context.prec = 320
+        powers = [Decimal(value).exp() for value in x.tolist()]
+        total = sum(powers)
+        p = [power / total for power in powers]
+        grad = [float(p_c - (c == y)) for c, p_c in enumerate(p)]
+        return float(-p[y].ln()), torch.tensor(grad, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("margin", [-50, 0, 5, 15, 20, 30, 60, 300, 600])
+def test_equals_decimals(margin: float) -> None:
+    seed = torch.Generator().manual_seed(0)
+    y = torch.tensor([3])
+    x = confident(margin)(torch.randn(1, 17, generator=seed, dtype=torch.float64), y)
+    loss, grad = decimals(x[0], 3)
+    ours, our_grad, _ = reference.forward(x, y, None, Options(), "fused")
+    assert ours.item() == pytest.approx(loss, rel=1e-13)
+    assert relative_error(our_grad[0], grad) < 1e-12
+
+
+def test_large_logits_change_nothing() -> None:
+    x = torch.tensor([[3e300, 3e300, 3e300], [1e200, 1e200, 0], [-3e300, -3e300, -3e300]], dtype=torch.float64)
+    y = torch.tensor([0, 1, 2])
+    loss, _, _ = reference.forward(x, y, None, Options(reduction="none"), "loss")
+    torch.testing.assert_close(loss.exp(), torch.tensor([3, 2, 3], dtype=torch.float64))
+    third, half = 1 / 3, 1 / 2
+    grad = exact_grad(torch.ones(3), x, y, None, Options(reduction="none"))
+    expected = [[third - 1, third, third], [half, half - 1, 0], [third, third, third - 1]]
+    torch.testing.assert_close(grad, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_probabilities_in_other_dtypes(dtype: torch.dtype) -> None:
+    seed = torch.Generator().manual_seed(0)
+    input = torch.randn(4, 33, generator=seed).to(dtype)
+    target = torch.randn(4, 33, generator=seed).softmax(1)
+    call = input, target, None, Options(label_smoothing=0.1)
+    loss, grad, _ = reference.forward(*call, "fused")
+    assert loss.dtype == torch.float32
+    assert grad.dtype == dtype
+    assert relative_error(loss, exact_loss(*call)) < 1e-6
+    scale = torch.tensor(0.25 / 33)  # the gradient is a difference of terms of this size
+    assert relative_error(grad, exact_grad(torch.ones(()), *call), scale) < 5e-6
+
+
+def test_everything_ignored() -> None:
+    call = torch.randn(3, 5, dtype=torch.float64), torch.full((3,), -100), None, Options(**EVERYTHING)
+    loss, grad, _ = reference.forward(*call, "fused")
+    assert loss.isnan()
+    assert torch.equal(grad, torch.zeros(3, 5, dtype=torch.float64))
