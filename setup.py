@@ -24,7 +24,13 @@ COMMON += ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: no wide vector crosses fr
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [*AVX512, "-mfma", "-mf16c", "-Wno-maybe-uninitialized"],  # g++ 12 warns of its own intrinsics
+    "avx512": [
+        *AVX512,
+        "-mfma",
+        "-mf16c",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ],  # g++ 12 warns of its own intrinsics
 }
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 

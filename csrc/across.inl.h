@@ -50,8 +50,9 @@ template <class F> struct Bundle {
       : call(call), first(first), C(call.C), n(n), z(static_cast<V*>(scratch)), slope(z + C), q(slope + C) {
     for (int i = 0; i < n; i++) {
       sums[i] = Sums{call.loss ? Stats{} : call.stats[first + i], 0};
-      const int64_t y = call.probs ? stats(i).y : call.target_index(first + i);
-      stats(i).y = !call.probs && y == call.options.ignore_index ? -1 : y;
+      if (call.probs) continue;
+      const int64_t y = call.target_index(first + i);
+      stats(i).y = y == call.options.ignore_index ? -1.0 : double(y);
     }
     const Lanes<F> x(call, call.input, first, n);
     for (int64_t c = 0; c < C; c++) {
@@ -159,7 +160,7 @@ template <class F> struct Bundle {
       if (!(e_c == 0)) sum += e_c * below;
     }
     const double lse = stats(i).m + row.lse_m, L = call.options.lse_square_scale;
-    return {lse, L * lse * lse, row.lse_m + sum / (stats(i).so + row.e_y), argmax[i]};
+    return {lse, L == 0 ? 0.0 : L * lse * lse, row.lse_m + sum / (stats(i).so + row.e_y), argmax[i]};
   }
 };
 
@@ -179,7 +180,7 @@ template <class F> void across_rows(const Call& call, int64_t begin, int64_t end
         continue;
       }
       const Stats& stats = bundle.stats(i);
-      row[i] = Row::at<A>(bundle.z[stats.y][i], stats, call, call.probs ? call.dims.offset(call.target, r) : 0);
+      row[i] = Row::at<A>(bundle.z[int64_t(stats.y)][i], stats, call, call.probs ? call.dims.offset(call.target, r) : 0);
       if (call.loss) write_row<A>(call, r, row_loss(bundle.sums[i], row[i], call), stats);
       if (call.extras) call.extras[r] = bundle.row_extras(i, row[i]);
       part[i] = Slope::of(stats, row[i], call, call.scale * (upstream ? double(upstream[r]) : 1.0),

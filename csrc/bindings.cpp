@@ -97,9 +97,10 @@ template <class Work> void run(const Call& call, Work work) {
 }
 
 void forward_py(const py::tuple& input, const py::tuple& target, uintptr_t weight, const py::tuple& options,
-                int reduction, double num_items, uintptr_t loss, int loss_dtype, const py::object& grad,
+                int reduction, double num_items, double scale, uintptr_t loss, int loss_dtype, const py::object& grad,
                 uintptr_t stats, uintptr_t extras, int threads) {
   Call call = make_call(input, target, weight, options, grad, py::none());
+  call.scale = scale;
   call.stats = reinterpret_cast<Stats*>(stats);
   call.extras = reinterpret_cast<Extras*>(extras);
   run(call, [&] {
@@ -114,6 +115,7 @@ void backward_py(const py::tuple& input, const py::tuple& target, uintptr_t weig
   call.upstream = reinterpret_cast<void*>(upstream);
   call.scale = scale;
   call.g_lse = reinterpret_cast<void*>(g_lse);
+  if (!stats && call.rows > 0) refuse("expected the stats of a forward call, got none");
   call.stats = reinterpret_cast<Stats*>(stats);
   run(call, [&] { return backward(call, Reduction(reduction), num_items, threads); });
 }

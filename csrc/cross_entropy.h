@@ -49,7 +49,7 @@ struct Stats {
   double m;     // the largest z
   double so;    // sum of exp(z - m) over the classes other than y
   double rest;  // a - q_y
-  int64_t y;    // the target; under probability targets the largest logit; -1: ignored
+  double y;     // the target; under probability targets the largest logit; -1: ignored
 };
 
 // What a row can tell besides its loss.

@@ -133,7 +133,7 @@ Sums row_lse(const typename F::T* x, int64_t y, const Call& call, int64_t t_offs
       below += lane_sum<A>(sum_below);
     }
   });
-  return {{double(m), so, rest, y}, below};
+  return {{double(m), so, rest, double(y)}, below};
 }
 
 // One row's scalars, in double: they are few, and the loss keeps every digit.
@@ -147,9 +147,9 @@ struct Row {
     row.z_y = z_y;
     row.e_y = __builtin_exp(z_y - stats.m);
     row.lse_m = __builtin_log1p(stats.so + (row.e_y - 1));
-    row.q_own = call.probs ? 0.0 : (1 - call.options.label_smoothing) * (w ? double(w[stats.y]) : 1.0);
+    row.q_own = call.probs ? 0.0 : (1 - call.options.label_smoothing) * (w ? double(w[int64_t(stats.y)]) : 1.0);
     A q = 0;
-    if (call.probs || call.options.label_smoothing > 0) spread_q(&q, call, t_offset, stats.y, stats.y + 1);
+    if (call.probs || call.options.label_smoothing > 0) spread_q(&q, call, t_offset, int64_t(stats.y), int64_t(stats.y) + 1);
     row.q_y = row.q_own + double(q);
     return row;
   }
@@ -184,6 +184,8 @@ void row_grad(typename F::T* dx, const typename F::T* x, const Stats& stats, con
   TYPES(F);
   const Options& o = call.options;
   const A m = A(stats.m), p = A(slope.p), scale = A(slope.scale);
+  // Before the loop: dx may be x itself.
+  const V dx_y = A(slope.dz_y) * transform_grad<F>(load_first(x + int64_t(stats.y), 1), o);
   A q[F::DENSE ? BLOCK : 1];
   blocks(call.C, [&](int64_t begin, int64_t end) LAMBDA {
     if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
@@ -195,8 +197,7 @@ void row_grad(typename F::T* dx, const typename F::T* x, const Stats& stats, con
       else store_first(dx + c, result, n);
     });
   });
-  const V t_y = transform_grad<F>(load_first(x + stats.y, 1), o);
-  store_first(dx + stats.y, A(slope.dz_y) * t_y, 1);
+  store_first(dx + int64_t(stats.y), dx_y, 1);
 }
 
 // d loss / d t_c = (1 - e) w_c (lse - z_c), for probabilities that ask for a gradient.
@@ -233,7 +234,7 @@ Extras row_extras(const typename F::T* x, const Stats& stats, const Row& row, co
     sum += lane_sum<A>(block_sum);
   });
   const double lse = stats.m + row.lse_m, L = call.options.lse_square_scale;
-  return {lse, L * lse * lse, row.lse_m + sum / (stats.so + row.e_y), largest<F>(x, call.C, call.options)};
+  return {lse, L == 0 ? 0.0 : L * lse * lse, row.lse_m + sum / (stats.so + row.e_y), largest<F>(x, call.C, call.options)};
 }
 
 template <class A> void write_row(const Call& call, int64_t row, double loss, const Stats& stats) {
@@ -263,7 +264,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end)
     const Sums sums = call.loss ? row_lse<F>(x, call.probs ? largest<F>(x, call.C, call.options) : y, call, t_offset)
                                 : Sums{call.stats[i], 0};
     const Stats& stats = sums.stats;
-    const Row row = Row::at<A>(transform<F>(load_first(x + stats.y, 1), call.options)[0], stats, call, t_offset);
+    const Row row = Row::at<A>(transform<F>(load_first(x + int64_t(stats.y), 1), call.options)[0], stats, call, t_offset);
     if (call.loss) write_row<A>(call, i, row_loss(sums, row, call), stats);
     if (call.extras) call.extras[i] = row_extras<F>(x, stats, row, call);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);

@@ -1,7 +1,7 @@
 """Cross entropy for PyTorch: loss and gradient in one pass over the logits, on CPU and GPU."""
 
-from .functional import cross_entropy
+from .functional import CrossEntropyOutput, cross_entropy
 from .module import CrossEntropyLoss
 
 __version__ = "0.1.0"
-__all__ = ["CrossEntropyLoss", "__version__", "cross_entropy"]
+__all__ = ["CrossEntropyLoss", "CrossEntropyOutput", "__version__", "cross_entropy"]

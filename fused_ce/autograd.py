@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-Composite = Callable[[Tensor], Tensor]
+# (input, target) -> loss, extras; differentiable to any order
+Composite = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -24,58 +24,95 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        input: Tensor,  # (N, C)
-        target: Tensor,  # (N,)
+        input: Tensor,  # (N, C, d1..dk)
+        target: Tensor,  # (N, d1..dk) or the input's shape
         weight: Tensor | None,  # (C,)
         options: Any,
         backend: ModuleType,
         composite: Composite,
-    ) -> Tensor:
-        # float16 flushes a gradient already divided by N to zero; a row vector of upstream gradients is
-        # not known yet. Both are computed in backward, from the logits.
-        fused = options.reduction != "none" and input.dtype != torch.float16
-        loss, grad, stats = backend.forward(input, target, weight, options, "fused" if fused else "recompute")
-        ctx.save_for_backward(target, weight, grad, stats)
+    ) -> Any:
+        # Made in backward instead: rows whose upstream gradients are not known yet; float16, which flushes a
+        # gradient already divided by N to zero unless a loss scale is known; the gradient of probabilities.
+        fused = options.reduction != "none" and not ctx.needs_input_grad[1]
+        fused = fused and (input.dtype != torch.float16 or options.grad_scale is not None)
         # Not among the saved tensors: torch's cross entropy lets the logits be changed in place after
         # forward, and so does the fused schedule, which does not need them again.
-        ctx.input, ctx.input_version = input, input._version
+        ctx.input, ctx.version = input, input._version
+        loss, grad, stats, extras = backend.forward(input, target, weight, options, "fused" if fused else "recompute")
+        if options.inplace and fused:
+            torch.autograd.graph.increment_version(input)
+        ctx.save_for_backward(target, weight, grad, stats)
         ctx.options, ctx.backend, ctx.composite = options, backend, composite
-        return loss  # type: ignore[no-any-return]
+        ctx.set_materialize_grads(False)
+        if extras is None:
+            return loss
+        ctx.mark_non_differentiable(extras.z_loss, extras.argmax, extras.entropy)
+        return loss, *extras
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
         if ctx.input is None:
             raise RuntimeError(
                 "Trying to backward through the graph a second time: the saved tensors have been freed. "
                 "Specify retain_graph=True in the first backward."
             )
         target, weight, grad, stats = ctx.saved_tensors
-        unchanged = ctx.input._version == ctx.input_version
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        unchanged = ctx.input._version == ctx.version
         # create_graph=True, or a vmap over upstream gradients: only differentiable operators will do.
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            _require(unchanged, ctx)
-            result = _differentiable(ctx.input, ctx.composite, grad_output)
-        else:
-            _require(unchanged or grad is not None, ctx)
-            result = ctx.backend.backward(
-                grad_output, ctx.input if unchanged else None, target, weight, ctx.options, grad, stats, keep
+        composite = torch.is_grad_enabled() or _is_batched(grad_output) or _is_batched(g_lse)
+        if not unchanged and (composite or grad is None or g_lse is not None):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                f"logits, {tuple(ctx.input.shape)}, are at version {ctx.input._version}; expected version "
+                f"{ctx.version} instead. Clone them before changing them."
             )
+        if composite:
+            dx, dt = _differentiable(ctx.composite, ctx.input, target, ctx.needs_input_grad, grad_output, g_lse)
+        else:
+            if g_lse is not None:
+                grad = None
+            if grad_output is None:
+                grad_output = ctx.input.new_zeros(())
+            dx, dt = ctx.backend.backward(
+                grad_output,
+                g_lse,
+                ctx.input if unchanged else None,
+                target,
+                weight,
+                ctx.options,
+                grad,
+                stats,
+                keep,
+                ctx.needs_input_grad[1],
+            )
+            if ctx.options.inplace and grad is None:
+                torch.autograd.graph.increment_version(ctx.input)
         if not keep:
             ctx.input = None
-        return result, None, None, None, None, None
+        return dx, dt, None, None, None, None
 
 
-def _differentiable(input: Tensor, composite: Composite, grad_output: Tensor) -> Tensor:
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether a vmap over upstream gradients (is_grads_batched, or torch.func's) is at work."""
+    if grad is None:
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)  # type: ignore[attr-defined]
+
+
+def _differentiable(
+    composite: Composite,
+    input: Tensor,
+    target: Tensor,
+    needs_grad: tuple[bool, ...],
+    grad_output: Tensor | None,
+    g_lse: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    wanted = [tensor for tensor, needed in zip((input, target), needs_grad, strict=False) if needed]
     with torch.enable_grad():
-        (grad,) = torch.autograd.grad(composite(input), input, grad_output, create_graph=True)
-    return grad
-
-
-def _require(unchanged: bool, ctx: FunctionCtx) -> None:
-    if not unchanged:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"the logits, {tuple(ctx.input.shape)}, are at version {ctx.input._version}; expected version "  # type: ignore[attr-defined]
-            f"{ctx.input_version} instead. Clone them before changing them."  # type: ignore[attr-defined]
-        )
+        loss, extras = composite(input, target)
+        pairs = [(loss, grad_output), (extras and extras.lse, g_lse)]
+        outputs, grads = zip(*((output, grad) for output, grad in pairs if grad is not None), strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs_grad[:2])  # type: ignore[return-value]

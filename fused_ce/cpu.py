@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # After torch, so that the kernels join torch's own OpenMP pool, which torch.set_num_threads governs.
-from .options import REDUCTIONS, Options
+from .options import REDUCTIONS, Extras, Options
 
 _C: Any
 try:
@@ -52,65 +52,87 @@ def forward(
     weight: Tensor | None,  # (C)
     options: Options,
     schedule: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss; with schedule "fused" its gradient; unless "loss" the stats (rows, 4) that backward needs."""
-    rows = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
-    shape = rows if options.reduction == "none" else ()
-    loss = torch.empty(shape, dtype=options.dtype or input.dtype)
-    grad = torch.empty(input.shape, dtype=input.dtype) if schedule == "fused" else None
-    stats = torch.empty((rows.numel(), _C.stats_size), dtype=torch.float64) if schedule != "loss" else None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Extras | None]:
+    """See `dispatch.py`. The stats are (rows, 4) float64; a float32 or float64 fused gradient needs none."""
+    shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
+    loss = torch.empty(shape if options.reduction == "none" else (), dtype=options.dtype or input.dtype)
+    fused = schedule == "fused"
+    grad = (input if options.inplace else torch.empty(input.shape, dtype=input.dtype)) if fused else None
+    rows = math.prod(shape)
+    needs_stats = schedule == "recompute" or (fused and (options.return_stats or input.itemsize == 2))
+    stats = torch.empty((rows, _C.stats_size), dtype=torch.float64) if needs_stats else None
+    extras = torch.empty((rows, _C.extras_size), dtype=torch.float64) if options.return_stats else None
     weight = _in_acc(weight, input)
     _C.forward(
         _view(input),
         _view(target),
-        0 if weight is None else weight.data_ptr(),
+        _pointer(weight),
         *_options(options),
+        1.0 if options.grad_scale is None else float(options.grad_scale),
         loss.data_ptr(),
         _DTYPES[loss.dtype],
         None if grad is None else _view(grad),
-        0 if stats is None else stats.data_ptr(),
-        0,
+        _pointer(stats),
+        _pointer(extras),
         torch.get_num_threads(),
     )
-    return loss, grad, stats
+    return loss, grad, stats, None if extras is None else _extras(extras, shape, input)
 
 
 def backward(
     grad_output: Tensor,  # () or (N, d1..dk)
+    g_lse: Tensor | None,  # (N, d1..dk)
     input: Tensor | None,  # (N, C, d1..dk) or (C); None: changed since forward
     target: Tensor,
     weight: Tensor | None,  # (C)
     options: Options,
-    grad: Tensor | None,  # the input's shape, made by forward for an upstream gradient of 1
-    stats: Tensor,  # (rows, 4)
+    grad: Tensor | None,  # the input's shape, made by forward for an upstream gradient of grad_scale
+    stats: Tensor | None,  # (rows, 4)
     keep: bool,
-) -> Tensor:
-    scalar = grad_output.dim() == 0
-    upstream = grad_output.item() if scalar else 1.0
+    wants_target: bool,
+) -> tuple[Tensor, Tensor | None]:
+    one_for_all = grad_output.dim() == 0
+    upstream = grad_output.item() if one_for_all else 1.0
     if grad is not None:
-        if upstream == 1.0:
-            return grad.clone() if keep else grad
-        if input is None or grad.itemsize > 2 or math.frexp(upstream)[0] in (0.5, -0.5):
-            # One more rounding, or none for a power of two.
-            return grad * upstream if keep else grad.mul_(upstream)
+        expected = 1.0 if options.grad_scale is None else float(options.grad_scale)
+        if upstream == expected:
+            return grad.clone() if keep else grad, None
+        ratio = upstream / expected
+        # One more rounding; or none, for a power of two and the exponents of bfloat16.
+        exact = grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5)
+        if input is None or grad.itemsize > 2 or exact:
+            return grad * ratio if keep else grad.mul_(ratio), None
     assert input is not None
-    grad = torch.empty(input.shape, dtype=input.dtype)
+    dx = input if options.inplace else torch.empty(input.shape, dtype=input.dtype)
+    dt = torch.empty(target.shape, dtype=target.dtype) if wants_target else None
     weight = _in_acc(weight, input)
-    vector = None if scalar else _in_acc(grad_output, input)
+    rows = None if one_for_all else _in_acc(grad_output, input)
+    g_lse = _in_acc(g_lse, input)
     _C.backward(
         _view(input),
         _view(target),
-        0 if weight is None else weight.data_ptr(),
+        _pointer(weight),
         *_options(options),
-        0 if vector is None else vector.data_ptr(),
+        _pointer(rows),
         upstream,
-        0,
-        _view(grad),
-        None,
-        stats.data_ptr(),
+        _pointer(g_lse),
+        _view(dx),
+        None if dt is None else _view(dt),
+        _pointer(stats),
         torch.get_num_threads(),
     )
-    return grad
+    return dx, dt
+
+
+def _extras(table: Tensor, shape: tuple[int, ...], input: Tensor) -> Extras:  # (rows, 4) float64
+    """The C++ struct's fields lse, z_loss, entropy, argmax as tensors of their own."""
+    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    lse, z_loss, entropy = (table[:, i].to(acc, copy=True).reshape(shape) for i in range(3))
+    return Extras(lse, z_loss, table[:, 3].view(torch.int64).clone().reshape(shape), entropy)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:

@@ -4,11 +4,13 @@ A backend is a module with three names:
 
     unsupported(input, target, weight, options) -> list[str]
         why it cannot take the call, in words; empty when it can
-    forward(input, target, weight, options, schedule) -> (loss, grad, stats)
-        schedule "loss": the loss alone; "fused": loss and gradient in one pass; "recompute": the loss
-        and what backward needs to recompute the gradient (stats)
-    backward(grad_output, input, target, weight, options, grad, stats, keep) -> grad
-        the gradient for this upstream gradient, from what forward gave; `keep`: grad is needed again
+    forward(input, target, weight, options, schedule) -> (loss, grad, stats, extras)
+        schedule "loss": the loss alone; "fused": loss and gradient in one pass, for an upstream gradient of
+        `options.grad_scale`, into the logits' own memory with `options.inplace`; "recompute": the loss, and
+        the stats that backward needs to make the gradient. extras: with `options.return_stats`
+    backward(grad_output, g_lse, input, target, weight, options, grad, stats, keep, wants_target) -> (dx, dt)
+        the gradient for these upstream gradients (of the loss, and of lse or None) from what forward gave, and
+        that of probabilities if wanted. keep: grad is needed again; input None: it was changed since forward
 """
 
 from __future__ import annotations

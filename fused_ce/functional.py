@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch, reference
+from . import dispatch, ops, reference
 from .autograd import CrossEntropy
-from .options import REDUCTIONS, Options, check_extras
+from .options import REDUCTIONS, Extras, Options, check_extras
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What `cross_entropy(..., return_stats=True)` returns. R: the shape of one value a row, (N, d1..dk).
+
+    The last three and `z_loss` carry no gradient. An ignored row has lse, entropy and z-loss 0, argmax -1, and is
+    not correct.
+    """
+
+    loss: Tensor  # the loss, z-loss included
+    lse: Tensor  # R, logsumexp of the (scaled, capped) logits; float32, or float64 for float64; differentiable
+    z_loss: Tensor  # the z-loss alone, reduced as the loss
+    argmax: Tensor  # R, int64, the class with the largest logit
+    correct: Tensor  # R, bool, whether that is the target (or the target's largest probability)
+    entropy: Tensor  # R, of softmax, in nats
 
 
 def cross_entropy(
@@ -31,8 +48,11 @@ def cross_entropy(
     softcap: float | None = None,
     lse_square_scale: float = 0.0,
     num_items: float | Tensor | None = None,  # ()
+    grad_scale: float | Tensor | None = None,  # ()
+    inplace: bool = False,
+    return_stats: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | CrossEntropyOutput:
     """Cross entropy between logits and targets, with its gradient made in the same pass.
 
     A drop-in for `torch.nn.functional.cross_entropy`: the first eight arguments, their meaning, their
@@ -56,11 +76,20 @@ def cross_entropy(
         lse_square_scale: adds lse_square_scale * logsumexp(logits)^2 to each row's loss (the z-loss of
             PaLM); in a mean it is divided by the number of rows that are not ignored.
         num_items: replaces the divisor of the mean: rows counted over all micro-batches, for instance.
+        grad_scale: the upstream gradient that backward will see, such as a loss scaler's scale (default 1).
+            A hint: the gradient is right for any other too, it only costs another pass.
+        inplace: let the gradient take the logits' memory, so that no second tensor of their size is made. After
+            forward (mean, sum) or backward (none, float16) they hold the gradient; whoever else saved them for a
+            backward gets torch's error about in-place changes. Needs contiguous logits that are not a leaf;
+            without a gradient to make, and under torch.compile or torch.func, nothing is overwritten.
+        return_stats: return a `CrossEntropyOutput`: loss, lse, z_loss, argmax, correct, entropy, out of the
+            same pass.
         backend: "cpu", "triton" or "reference" instead of the best that takes the call; also the
             environment variable FUSED_CE_BACKEND.
 
     Returns:
-        A scalar, or one loss a row with reduction="none" (the target's shape, for class indices).
+        A scalar, or one loss a row with reduction="none" (the target's shape, for class indices); with
+        return_stats a `CrossEntropyOutput`.
 
     Raises:
         IndexError: a target outside [0, C) that is not ignored (CPU). On a GPU that row's loss and
@@ -70,42 +99,105 @@ def cross_entropy(
 
     The formula stands in `fused_ce/reference.py`.
     """
-    options = Options(
-        ignore_index, label_smoothing, logit_scale, softcap, lse_square_scale, reduction, dtype, num_items
-    )
     if size_average is not None or reduce is not None:
-        options = options._replace(reduction=torch.nn._reduction.legacy_get_string(size_average, reduce))
-    if not options.is_plain:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    options = Options(
+        ignore_index,
+        label_smoothing,
+        logit_scale,
+        softcap,
+        lse_square_scale,
+        reduction,
+        dtype,
+        num_items,
+        grad_scale,
+        inplace,
+        return_stats,
+    )
+    if not options.is_plain or grad_scale is not None:
         check_extras(options)
-    if not (_is_ordinary_call() and _is_ordinary(input, target, weight, options)):
+    loss, extras = _run(input, target, weight, options, backend)
+    return _output(loss, extras, input, target, options) if return_stats else loss
+
+
+def _run(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, backend: str | None
+) -> tuple[Tensor, Extras | None]:
+    if torch.compiler.is_compiling():
+        return _trace(input, target, weight, options, backend)
+    if not (_is_untransformed() and _is_untraced() and _is_ordinary(input, target, weight, options)):
         return _composite(input, target, weight, options)
-    if dtype is None:
-        options = options._replace(dtype=_loss_dtype(input, target))
+    options = options._replace(dtype=_loss_dtype(options.dtype or input.dtype, input, target))
     chosen = dispatch.choose(input, target, weight, options, backend)
     if chosen is None:
         return _composite(input, target, weight, options)
-    if not (input.requires_grad and torch.is_grad_enabled()):
-        loss: Tensor = chosen.forward(input, target, weight, options, "loss")[0]
-        return loss
-    composite = partial(_composite, target=target, weight=weight, options=options)
-    return CrossEntropy.apply(input, target, weight, options, chosen, composite)  # type: ignore[no-any-return, no-untyped-call]
+    if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+        loss, _, _, extras = chosen.forward(input, target, weight, options, "loss")
+        return loss, extras
+    if options.inplace:
+        _check_inplace(input)
+    composite = partial(_composite, weight=weight, options=options)
+    outputs = CrossEntropy.apply(input, target, weight, options, chosen, composite)  # type: ignore[no-untyped-call]
+    return (outputs[0], Extras(*outputs[1:])) if options.return_stats else (outputs, None)
 
 
-def _loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    """torch's rule: the input's dtype, at least float32 under autocast, promoted with that of probabilities."""
-    dtype = input.dtype
+def _trace(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, backend: str | None
+) -> tuple[Tensor, Extras | None]:
+    """The same for a graph that torch.compile or torch.export is tracing: the kernels as one operator in it."""
+    # An autograd Function under a transform inside a compiled graph loses its derivative in torch 2.13.
+    if not (_is_untransformed() and _is_ordinary(input, target, weight, options)):
+        return _composite(input, target, weight, options)
+    options = options._replace(dtype=_loss_dtype(options.dtype or input.dtype, input, target))
+    if dispatch.choose(input, target, weight, options, backend) is None:
+        return _composite(input, target, weight, options)
+    wants_grad = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+    loss, _, *extras = torch.ops.fused_ce.forward(
+        input, target, weight, *ops.arguments(options, input.device), backend, wants_grad, options.return_stats
+    )
+    return loss, Extras(*extras) if options.return_stats else None
+
+
+def _output(loss: Tensor, extras: Extras | None, input: Tensor, target: Tensor, options: Options) -> CrossEntropyOutput:
+    assert extras is not None
+    label = target.argmax(0 if input.dim() == 1 else 1) if target.shape == input.shape else target
+    z_loss = extras.z_loss
+    if options.reduction != "none":
+        z_loss = z_loss.sum()
+    if options.reduction == "mean":
+        z_loss = z_loss / ((extras.argmax >= 0).sum() if options.num_items is None else options.num_items)
+    return CrossEntropyOutput(loss, extras.lse, z_loss, extras.argmax, extras.argmax == label, extras.entropy)
+
+
+def _check_inplace(input: Tensor) -> None:
+    if input.is_leaf:
+        raise RuntimeError(
+            "inplace=True would overwrite a leaf tensor that requires grad, such as a parameter; "
+            "expected logits computed by a model. Drop inplace."
+        )
+    if not input.is_contiguous():
+        raise RuntimeError(
+            f"inplace=True needs contiguous logits, got shape {tuple(input.shape)} with strides {input.stride()}. "
+            "Drop inplace, or make them contiguous first."
+        )
+
+
+def _loss_dtype(dtype: torch.dtype, input: Tensor, target: Tensor) -> torch.dtype:
+    """torch's rule: the logits' dtype, at least float32 under autocast, promoted with that of probabilities."""
     if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
         dtype = torch.float32
     return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
 
 
-def _is_ordinary_call() -> bool:
-    """Plain eager execution: nothing traces, transforms or intercepts torch's operators."""
+def _is_untransformed() -> bool:
+    """No torch.func transform and no forward-mode AD is at work."""
+    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def _is_untraced() -> bool:
+    """Nothing records or intercepts torch's operators."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_function_stack()
+        torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
     )
@@ -116,11 +208,11 @@ def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: 
     if not (_is_plain(input) and _is_plain(target) and (weight is None or _is_plain(weight))):
         return False
     dim = input.dim()
-    if dim == 0 or not input.is_floating_point():
+    if dim == 0 or input.dtype not in _FLOATS or type(options.ignore_index) is not int:
         return False
     C = input.shape[0 if dim == 1 else 1]
     if target.shape == input.shape:
-        fits = target.is_floating_point() and options.ignore_index < 0
+        fits = target.dtype in _FLOATS and options.ignore_index < 0
     else:
         rows = input.shape[:0] if dim == 1 else input.shape[:1] + input.shape[2:]
         is_index = target.dtype == torch.int64 or (target.dtype == torch.uint8 and dim <= 2)
@@ -131,20 +223,20 @@ def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: 
         fits = fits and (target.dtype != torch.uint8 or not options.label_smoothing > 0)
     return (
         fits
-        and type(options.ignore_index) is int
         and -(2**63) <= options.ignore_index < 2**63
         and options.reduction in REDUCTIONS
         and type(options.label_smoothing) in (float, int)
         and not options.label_smoothing > 1
-        and not target.requires_grad
     )
 
 
 def _is_plain(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the tensors that stand for the real ones are of other types
+        return tensor.layout is torch.strided
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
 
 
-def _composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+def _composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Extras | None]:
     """The same loss out of torch's own operators: every derivative, every transform, every error message."""
     if options.dtype is not None:
         input = input.to(options.dtype)
@@ -158,6 +250,6 @@ def _composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Op
         label_smoothing=options.label_smoothing,
     )
     if options.is_plain:
-        return plain
+        return plain, None
     # torch has judged the arguments; its value is not what was asked for.
-    return reference.cross_entropy(input, target, weight, options)
+    return reference.composite(input, target, weight, options)

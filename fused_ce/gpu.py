@@ -90,6 +90,9 @@ def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: O
         reasons.append("input, target and weight must be on one device")
     if options.dtype not in (None, input.dtype, _acc(input.dtype)):
         reasons.append(f"a loss of {options.dtype} from an input of {input.dtype} is not supported")
+    for name in ("grad_scale", "inplace", "return_stats"):
+        if getattr(options, name):
+            reasons.append(f"{name} is not written for triton yet")
     return reasons
 
 
@@ -99,7 +102,7 @@ def forward(
     weight: Tensor | None,  # (C,)
     options: Options,
     schedule: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     """Loss, gradient (schedule "fused") and stats (all but "loss"); see the backend contract in `dispatch.py`."""
     N, C = target.numel(), input.shape[-1]
     acc, dtype = _acc(input.dtype), options.dtype or input.dtype
@@ -122,11 +125,12 @@ def forward(
             MANY=shape.block < C,
             num_warps=shape.warps,
         )
-    return loss if none else _total(loss, norm, dtype), grad, stats
+    return loss if none else _total(loss, norm, dtype), grad, stats, None
 
 
 def backward(
     grad_output: Tensor,  # () or the shape of target
+    g_lse: None,
     input: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
@@ -134,10 +138,11 @@ def backward(
     grad: Tensor | None,  # (N, C)
     stats: Tensor | None,  # (N, 2)
     keep: bool,
-) -> Tensor:  # (N, C)
+    wants_target: bool,
+) -> tuple[Tensor, None]:  # (N, C)
     """The gradient of the input: recomputed, or the fused one made right for an upstream gradient that is not 1."""
     if grad is not None and (input is None or grad.dtype in (torch.float32, torch.float64)):
-        return _rescale(grad, grad_output, keep)
+        return _rescale(grad, grad_output, keep), None
     assert input is not None
     assert stats is not None
     N, C = target.numel(), input.shape[-1]
@@ -160,7 +165,7 @@ def backward(
             UNLESS_ONE=unless_one,
             num_warps=shape.warps,
         )
-    return dx
+    return dx, None
 
 
 def _rescale(grad: Tensor, grad_output: Tensor, keep: bool) -> Tensor:

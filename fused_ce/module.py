@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import cross_entropy
+from .functional import CrossEntropyOutput, cross_entropy
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -13,7 +13,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     Shape:
         input (N, C), (C) or (N, C, d1..dk); target (N), () or (N, d1..dk), or probabilities of the
-        input's shape; output a scalar, or the target's shape with reduction="none".
+        input's shape; output a scalar, or the target's shape with reduction="none"; a
+        `CrossEntropyOutput` with return_stats.
     """
 
     def __init__(
@@ -29,6 +30,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         lse_square_scale: float = 0.0,
+        inplace: bool = False,
+        return_stats: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
@@ -36,6 +39,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.lse_square_scale = lse_square_scale
+        self.inplace = inplace
+        self.return_stats = return_stats
         self.backend = backend
 
     def forward(
@@ -43,7 +48,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         input: Tensor,  # (N, C)
         target: Tensor,  # (N,)
         num_items: float | Tensor | None = None,  # ()
-    ) -> Tensor:
+        grad_scale: float | Tensor | None = None,  # ()
+    ) -> Tensor | CrossEntropyOutput:  # type: ignore[override]
         return cross_entropy(
             input,
             target,
@@ -56,5 +62,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             softcap=self.softcap,
             lse_square_scale=self.lse_square_scale,
             num_items=num_items,
+            grad_scale=grad_scale,
+            inplace=self.inplace,
+            return_stats=self.return_stats,
             backend=self.backend,
         )

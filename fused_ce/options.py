@@ -1,4 +1,4 @@
-"""What a call asks for, checked once; the field order is the one the C++ and Triton kernels use."""
+"""What a call asks for, checked once, and what it may get besides the loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class Options(NamedTuple):
-    """Everything in a call that is not a tensor of the formula (see `reference.py` for the letters)."""
+    """Everything in a call that is not a tensor of the formula; the first five are the kernels', in this order."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0  # e
@@ -22,6 +22,9 @@ class Options(NamedTuple):
     reduction: str = "mean"
     dtype: torch.dtype | None = None  # of the loss; None: the input's
     num_items: float | Tensor | None = None  # (), replaces the divisor of the mean
+    grad_scale: float | Tensor | None = None  # (), the upstream gradient to expect; None: 1
+    inplace: bool = False
+    return_stats: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -31,7 +34,17 @@ class Options(NamedTuple):
             and self.softcap is None
             and self.lse_square_scale == 0.0
             and self.num_items is None
+            and not self.return_stats
         )
+
+
+class Extras(NamedTuple):
+    """What a row can tell besides its loss: each of shape (N, d1..dk); an ignored row holds 0 and argmax -1."""
+
+    lse: Tensor
+    z_loss: Tensor
+    argmax: Tensor
+    entropy: Tensor
 
 
 def check_extras(options: Options) -> None:
@@ -46,8 +59,15 @@ def check_extras(options: Options) -> None:
         raise ValueError(f"softcap must be a positive finite number or None (no softcap), got {options.softcap}")
     if not math.isfinite(options.lse_square_scale):
         raise ValueError(f"lse_square_scale must be a finite number, got {options.lse_square_scale}")
-    if options.num_items is not None and not options.reduction == "mean":
+    if options.num_items is not None and options.reduction != "mean":
         raise ValueError(
             f'num_items replaces the divisor of reduction="mean", got reduction="{options.reduction}"; '
             "drop num_items or use the mean"
         )
+    for name in ("num_items", "grad_scale"):
+        value = getattr(options, name)
+        if isinstance(value, Tensor):
+            if value.dim() != 0:
+                raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
+        elif value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive finite number, got {value}")

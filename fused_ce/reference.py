@@ -14,7 +14,7 @@ softcap s, z-loss factor L (`lse_square_scale`):
     a     = sum_c q_c
     loss  = a lse - sum_c q_c z_c + L lse^2                                   row_loss
     p_c   = exp(z_c - lse)
-    dz_c  = (a + 2 L lse) p_c - q_c
+    dz_c  = (a + 2 L lse + g_lse) p_c - q_c   g_lse: upstream gradient of lse, where lse was returned
     dx_c  = dz_c k / cosh(k x_c / s)^2   (dz_c k without softcap)             row_grad, transform_grad
     an ignored row: loss = 0 and dx = 0, whatever its logits hold
 
@@ -41,7 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import Options
+from .options import Extras, Options
 
 
 class Lse(NamedTuple):
@@ -96,7 +96,9 @@ def row_loss(
         if e > 0:
             uniform = _weighted_sum(lse_m[:, None] + (lse.m[:, None] - z), weight)
             loss = (1 - e) * loss + e / z.shape[-1] * uniform
-    return loss, options.lse_square_scale * (lse.m + lse_m) ** 2
+    # Not 0 * lse^2, which is NaN where the square overflows.
+    L = options.lse_square_scale
+    return loss, L * (lse.m + lse_m) ** 2 if L else torch.zeros_like(loss)
 
 
 # [5] row_grad
@@ -110,6 +112,7 @@ def row_grad(
     options: Options,
     scale: Tensor,  # (R,) upstream gradient of the cross entropy
     z_scale: Tensor,  # (R,) upstream gradient of the z-loss
+    g_lse: Tensor | float = 0.0,  # (R,) upstream gradient of lse, where lse was returned
 ) -> Tensor:  # (R, C) dx
     e, C = _smoothing(options), z.shape[-1]
     onehot = torch.zeros_like(z).scatter(-1, y[:, None], 1.0)
@@ -119,7 +122,7 @@ def row_grad(
     e_y = torch.exp(z.gather(-1, y[:, None]).squeeze(-1) - lse.m)
     s = lse.so + e_y
     q_y = q.gather(-1, y[:, None]).squeeze(-1)
-    z_part = z_scale * 2 * options.lse_square_scale * (lse.m + lse.minus_m(e_y))
+    z_part = z_scale * 2 * options.lse_square_scale * (lse.m + lse.minus_m(e_y)) + g_lse
     dz = (scale * (rest + q_y) + z_part)[:, None] * torch.exp(z - lse.m[:, None]) / s[:, None] - scale[:, None] * q
     dz_y = (scale * rest + z_part) * (e_y / s) - scale * q_y * (lse.so / s)
     return dz.scatter(-1, y[:, None], dz_y[:, None]) * transform_grad(x, options)
@@ -134,8 +137,42 @@ def _weighted_sum(terms: Tensor, weight: Tensor | None) -> Tensor:  # (R, C), (C
     return (terms if weight is None else terms * weight).sum(-1)
 
 
+def target_grad(
+    z: Tensor,  # (R, C)
+    lse: Lse,
+    y: Tensor,  # (R,)
+    weight: Tensor | None,  # (C,)
+    options: Options,
+    scale: Tensor,  # (R,)
+) -> Tensor:  # (R, C) gradient of probabilities
+    lse_m = lse.minus_m(torch.exp(z.gather(-1, y[:, None]).squeeze(-1) - lse.m))
+    minus_log_p = lse_m[:, None] + (lse.m[:, None] - z)
+    dt = (scale * (1 - _smoothing(options)))[:, None] * minus_log_p
+    return dt if weight is None else dt * weight
+
+
+def row_extras(z: Tensor, lse: Lse, y: Tensor, valid: Tensor, options: Options) -> Extras:  # (R, C), (R,)
+    lse_m = lse.minus_m(torch.exp(z.gather(-1, y[:, None]).squeeze(-1) - lse.m))
+    below = lse.m[:, None] - z
+    p = torch.exp(-below - lse_m[:, None])
+    entropy = lse_m + torch.where(p == 0, 0, p * below).sum(-1)
+    whole, zero = lse.m + lse_m, torch.zeros_like(lse_m)
+    z_loss = options.lse_square_scale * whole**2 if options.lse_square_scale else zero
+    return Extras(
+        torch.where(valid, whole, zero),
+        torch.where(valid, z_loss, zero).detach(),
+        torch.where(valid, z.argmax(-1), -1),
+        torch.where(valid, entropy, zero).detach(),
+    )
+
+
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """The whole loss as a differentiable composite of plain torch operators.
+    """The loss alone of `composite`."""
+    return composite(input, target, weight, options._replace(return_stats=False))[0]
+
+
+def composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Extras | None]:
+    """The whole loss out of plain differentiable torch operators, and the extras if asked for.
 
     Takes what `torch.nn.functional.cross_entropy` takes (input (N, C, d1..dk) or (C), class indices or
     probabilities) once torch has accepted the shapes, and every derivative of any order.
@@ -144,12 +181,16 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options:
     loss, z_loss = row_loss(z, lse, y, probs, w, options)
     loss, z_loss = torch.where(valid, loss, 0), torch.where(valid, z_loss, 0)
     if options.reduction == "none":
-        total = (loss + z_loss).reshape(target.shape if probs is None else target.select(_class_dim(input), 0).shape)
+        total = (loss + z_loss).reshape(row_shape(input))
     else:
         D, count = divisors(y, valid, probs, w, options)
         total = loss.sum() / D + z_loss.sum() / count
     promoted = input.dtype if probs is None else torch.promote_types(input.dtype, target.dtype)
-    return total.to(options.dtype or promoted)
+    extras = None
+    if options.return_stats:
+        rows = row_shape(input)
+        extras = Extras(*(extra.reshape(rows) for extra in row_extras(z, lse, y, valid, options)))
+    return total.to(options.dtype or promoted), extras
 
 
 def divisors(
@@ -186,32 +227,42 @@ def forward(
     weight: Tensor | None,  # (C,)
     options: Options,
     schedule: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `dispatch.py` for the contract. The stats are left empty: backward recomputes them."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Extras | None]:
+    """See `dispatch.py` for the contract. The stats are left as they come: backward starts from the logits again."""
     if target.shape != input.shape:
         check_target(target, input.shape[_class_dim(input)], options.ignore_index)
-    loss = cross_entropy(input, target, weight, options)
-    if schedule == "loss":
-        return loss, None, None
-    ones = torch.ones_like(loss)
-    grad = _grad(ones, input, target, weight, options) if schedule == "fused" else None
-    return loss, grad, input.new_empty(0)
+    with torch.no_grad():
+        loss, extras = composite(input, target, weight, options)
+        stats = None if schedule == "loss" else input.new_empty((row_shape(input).numel(), 4), dtype=torch.float64)
+        if schedule != "fused":
+            return loss, None, stats, extras
+        expected = torch.ones_like(loss) if options.grad_scale is None else options.grad_scale * torch.ones_like(loss)
+        grad, _ = backward(expected, None, input, target, weight, options, None, None, True, False)
+    return loss, grad, stats, extras
 
 
 def backward(
-    grad_output: Tensor,  # () or the loss's shape
-    input: Tensor | None,
+    grad_output: Tensor,  # () or (N, d1..dk)
+    g_lse: Tensor | None,  # (N, d1..dk)
+    input: Tensor | None,  # (N, C, d1..dk) or (C); None: changed since forward
     target: Tensor,
     weight: Tensor | None,
     options: Options,
-    grad: Tensor | None,
+    grad: Tensor | None,  # the input's shape
     stats: Tensor | None,
     keep: bool,
-) -> Tensor:
-    if input is not None:
-        return _grad(grad_output, input, target, weight, options)
-    assert grad is not None
-    return (grad * grad_output).to(grad.dtype)
+    wants_target: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if input is None:
+        assert grad is not None
+        return (grad * (grad_output / (options.grad_scale or 1.0))).to(grad.dtype), None
+    x, z, lse, y, probs, valid, w = _row_parts(input, target, weight, options)
+    D, count = divisors(y, valid, probs, w, options)
+    upstream = grad_output.reshape(-1).to(z.dtype).expand(z.shape[0])
+    of_lse = 0.0 if g_lse is None else g_lse.reshape(-1).to(z.dtype)
+    dx = row_grad(x, z, lse, y, probs, w, options, upstream / D, upstream / count, of_lse)
+    dx = _like(torch.where(valid[:, None], dx, 0), input)
+    return dx, _like(target_grad(z, lse, y, w, options, upstream / D), target) if wants_target else None
 
 
 def check_target(target: Tensor, C: int, ignore_index: int) -> None:
@@ -221,15 +272,15 @@ def check_target(target: Tensor, C: int, ignore_index: int) -> None:
         raise IndexError(f"Target {int(target[bad].flatten()[0])} is out of bounds.")
 
 
-def _grad(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    x, z, lse, y, probs, valid, w = _row_parts(input, target, weight, options)
-    D, count = divisors(y, valid, probs, w, options)
-    upstream = grad_output.reshape(-1).to(z.dtype).expand(z.shape[0])
-    dx = row_grad(x, z, lse, y, probs, w, options, upstream / D, upstream / count)
-    dx = torch.where(valid[:, None], dx, 0).to(input.dtype)
-    if input.dim() == 1:
-        return dx.reshape(input.shape)
-    return dx.reshape(input.shape[:1] + input.shape[2:] + input.shape[1:2]).movedim(-1, 1).contiguous()
+def row_shape(input: Tensor) -> torch.Size:
+    """Shape of one value a row: the input's without its class dimension."""
+    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+
+
+def _like(rows: Tensor, tensor: Tensor) -> Tensor:  # (R, C) -> the tensor's shape and dtype, contiguous
+    if tensor.dim() > 1:
+        rows = rows.reshape(*row_shape(tensor), tensor.shape[1]).movedim(-1, 1)
+    return rows.reshape(tensor.shape).to(tensor.dtype).contiguous()
 
 
 def _class_dim(input: Tensor) -> int:

@@ -40,7 +40,7 @@ def expected_grad(grad_output: Tensor, call: Call) -> Expected:
     def of(loss: Callable[..., Tensor], input: Tensor, *rest: object) -> Tensor:
         upstream = grad_output.cpu().to(input.dtype)
         if loss is reference.cross_entropy:
-            return reference.backward(upstream, input, *rest, None, None, True)
+            return reference.backward(upstream, None, input, *rest, None, None, True, False)[0]
         input = input.detach().clone().requires_grad_()
         return torch.autograd.grad(loss(input, *rest), input, upstream)[0]
 

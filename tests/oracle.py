@@ -24,7 +24,8 @@ def exact_grad(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tenso
     """The gradient of the input in float64."""
     target = double(target) if target.is_floating_point() else target.cpu()
     options = options._replace(dtype=None)
-    return reference.backward(double(grad_output), double(input), target, double(weight), options, None, None, True)
+    call = double(input), target, double(weight), options
+    return reference.backward(double(grad_output), None, *call, None, None, True, False)[0]
 
 
 def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:

@@ -51,17 +51,17 @@ def test_contract(backend: Backend, case: Case) -> None:
     ones = upstream_like(call, 1.0)
     for schedule in ("loss", *schedules(call)):
         with unchanged(*call):
-            loss, grad, stats = backend.module.forward(*call, schedule)
+            loss, grad, stats, _ = backend.module.forward(*call, schedule)
         assert loss.dtype == ones.dtype
         assert (grad is None) == (schedule != "fused")
-        assert (stats is None) == (schedule == "loss")
+        assert schedule != "loss" or stats is None
         check(loss, exact_loss)
         if schedule == "loss":
             continue
         with unchanged(*call, grad, stats):
-            kept = backend.module.backward(ones, *call, grad, stats, True)
+            kept = backend.module.backward(ones, None, *call, grad, stats, True, False)[0]
         assert grad is None or grad.numel() == 0 or kept.data_ptr() != grad.data_ptr()
-        last = backend.module.backward(ones, *call, grad, stats, False)
+        last = backend.module.backward(ones, None, *call, grad, stats, False, False)[0]
         assert torch.equal(bits(kept), bits(last))
         check_grad(kept, call, exact_grad)
 
@@ -101,10 +101,10 @@ def test_upstream_gradients(backend: Backend, case: Case, upstream: str) -> None
     given = UPSTREAM[upstream](upstream_like(call, 1.0))
     expected = expected_grad(given, call)
     for schedule in schedules(call):
-        _, grad, stats = backend.module.forward(*call, schedule)
+        _, grad, stats, _ = backend.module.forward(*call, schedule)
         with unchanged(*call, given, grad, stats):
-            kept = backend.module.backward(given, *call, grad, stats, True)
-        last = backend.module.backward(given, *call, grad, stats, False)
+            kept = backend.module.backward(given, None, *call, grad, stats, True, False)[0]
+        last = backend.module.backward(given, None, *call, grad, stats, False, False)[0]
         assert torch.equal(bits(kept), bits(last))
         check_grad(kept, call, expected)
 
@@ -116,8 +116,8 @@ def test_non_finite_upstream_gradients(backend: Backend, dtype: torch.dtype, val
     call = take(backend, Case("non-finite", N=4, C=129, dtype=dtype))
     given = upstream_like(call, value)
     for schedule in schedules(call):
-        _, grad, stats = backend.module.forward(*call, schedule)
-        result = backend.module.backward(given, *call, grad, stats, False)
+        _, grad, stats, _ = backend.module.forward(*call, schedule)
+        result = backend.module.backward(given, None, *call, grad, stats, False, False)[0]
         assert not result.isfinite().any()
 
 
@@ -127,9 +127,9 @@ def test_rescaling_without_the_logits(backend: Backend, dtype: torch.dtype, upst
     # The logits were changed since: the stored gradient is all there is, which costs a second rounding.
     call = take(backend, Case("rescaled", N=4, C=129, dtype=dtype))
     given = UPSTREAM[upstream](upstream_like(call, 1.0))
-    _, grad, stats = backend.module.forward(*call, "fused")
+    _, grad, stats, _ = backend.module.forward(*call, "fused")
     for keep in (True, False):
-        result = backend.module.backward(given, None, *call[1:], grad, stats, keep)
+        result = backend.module.backward(given, None, None, *call[1:], grad, stats, keep, False)[0]
         check_grad(result, call, expected_grad(given, call), roundings=2)
 
 
@@ -140,13 +140,13 @@ def test_target_out_of_range(backend: Backend, target: int) -> None:
         with pytest.raises(IndexError, match=rf"^Target {target} is out of bounds\.$"):
             backend.module.forward(*call, "fused")
         return
-    loss, grad, _ = backend.module.forward(*call, "fused")
+    loss, grad, _, _ = backend.module.forward(*call, "fused")
     assert loss.isnan()
     assert grad[1].isnan().all()
     call = *call[:3], call[3]._replace(reduction="none")
-    losses, _, stats = backend.module.forward(*call, "recompute")
+    losses, _, stats, _ = backend.module.forward(*call, "recompute")
     assert losses.isnan().tolist() == [False, True, False]
-    again = backend.module.backward(torch.ones_like(losses), *call, None, stats, True)
+    again = backend.module.backward(torch.ones_like(losses), None, *call, None, stats, True, False)[0]
     assert again.isnan().any(1).tolist() == [False, True, False]
 
 
@@ -154,11 +154,11 @@ def test_target_out_of_range(backend: Backend, target: int) -> None:
 def test_a_row_is_the_same_in_any_batch(backend: Backend, dtype: torch.dtype) -> None:
     case = Case("batch", N=7, C=1025, dtype=dtype, options={"reduction": "none"})
     input, target, weight, options = call = take(backend, case)
-    losses, _, stats = backend.module.forward(*call, "recompute")
-    grads = backend.module.backward(torch.ones_like(losses), *call, None, stats, True)
+    losses, _, stats, _ = backend.module.forward(*call, "recompute")
+    grads = backend.module.backward(torch.ones_like(losses), None, *call, None, stats, True, False)[0]
     for rows in (slice(3, 4), slice(2, 7), slice(None, None, 3)):
         alone = input[rows], target[rows], weight, options
-        loss, _, stats = backend.module.forward(*alone, "recompute")
-        grad = backend.module.backward(torch.ones_like(loss), *alone, None, stats, True)
+        loss, _, stats, _ = backend.module.forward(*alone, "recompute")
+        grad = backend.module.backward(torch.ones_like(loss), None, *alone, None, stats, True, False)[0]
         assert torch.equal(bits(loss), bits(losses[rows]))
         assert torch.equal(bits(grad), bits(grads[rows]))

@@ -34,9 +34,10 @@ def threads() -> Iterator[None]:
 def everything(input: Tensor, target: Tensor, options: Options) -> list[Tensor]:
     """Every result of a forward and a backward, as bits."""
     schedule = "recompute" if options.reduction == "none" else "fused"
-    loss, grad, stats = cpu.forward(input, target, None, options, schedule)
+    loss, grad, *_ = cpu.forward(input, target, None, options, schedule)
+    stats = cpu.forward(input, target, None, options, "recompute")[2]
     upstream = torch.full_like(loss, 0.3)
-    again = cpu.backward(upstream, input, target, None, options, None, stats, True)
+    again = cpu.backward(upstream, None, input, target, None, options, None, stats, True, False)[0]
     return [bits(t) for t in (loss, grad, stats, again) if t is not None]
 
 
@@ -82,7 +83,7 @@ def test_one_row_without_a_batch_is_the_same(dtype: torch.dtype) -> None:
 @every_isa
 def test_nothing_is_written_for_a_bad_target() -> None:
     input, target = x(3, 5), torch.tensor([0, 5, 1])
-    _, _, stats = cpu.forward(input, y(3), None, Options(), "recompute")
+    _, _, stats, _ = cpu.forward(input, y(3), None, Options(), "recompute")
     before = stats.clone()
     for bad in (5, -1, 2**60):
         target[1] = bad
@@ -90,7 +91,7 @@ def test_nothing_is_written_for_a_bad_target() -> None:
             cpu.forward(input, target, None, Options(), "fused")
         # The target was changed after forward: backward must not read past the row either.
         with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.$"):
-            cpu.backward(torch.ones(()), input, target, None, Options(), None, stats, True)
+            cpu.backward(torch.ones(()), None, input, target, None, Options(), None, stats, True, False)[0]
     assert torch.equal(stats, before)
 
 

@@ -16,7 +16,8 @@ ANYONE_MAY = {"options"}
 ARROWS = {
     "__init__": {"functional", "module"},
     "module": {"functional"},
-    "functional": {"autograd", "dispatch", "reference"},
+    "functional": {"autograd", "dispatch", "ops", "reference"},
+    "ops": {"dispatch", "reference"},
     "autograd": set(),
     "dispatch": {"cpu", "gpu", "reference"},
     "cpu": {"_C"},
