@@ -180,7 +180,8 @@ template <class F> void across_rows(const Call& call, int64_t begin, int64_t end
         continue;
       }
       const Stats& stats = bundle.stats(i);
-      row[i] = Row::at<A>(bundle.z[int64_t(stats.y)][i], stats, call, call.probs ? call.dims.offset(call.target, r) : 0);
+      row[i] =
+          Row::at<A>(bundle.z[int64_t(stats.y)][i], stats, call, call.probs ? call.dims.offset(call.target, r) : 0);
       if (call.loss) write_row<A>(call, r, row_loss(bundle.sums[i], row[i], call), stats);
       if (call.extras) call.extras[r] = bundle.row_extras(i, row[i]);
       part[i] = Slope::of(stats, row[i], call, call.scale * (upstream ? double(upstream[r]) : 1.0),

@@ -143,6 +143,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return isa().name; });
   m.def("isa_names", isa_names);
   m.def("set_isa", set_isa_py);
+#ifdef __clang__
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "g++ " __VERSION__;
+#endif
   m.attr("stats_size") = sizeof(Stats) / sizeof(double);
   m.attr("extras_size") = sizeof(Extras) / sizeof(double);
 #ifdef _OPENMP

@@ -149,7 +149,8 @@ struct Row {
     row.lse_m = __builtin_log1p(stats.so + (row.e_y - 1));
     row.q_own = call.probs ? 0.0 : (1 - call.options.label_smoothing) * (w ? double(w[int64_t(stats.y)]) : 1.0);
     A q = 0;
-    if (call.probs || call.options.label_smoothing > 0) spread_q(&q, call, t_offset, int64_t(stats.y), int64_t(stats.y) + 1);
+    if (call.probs || call.options.label_smoothing > 0)
+      spread_q(&q, call, t_offset, int64_t(stats.y), int64_t(stats.y) + 1);
     row.q_y = row.q_own + double(q);
     return row;
   }
@@ -234,7 +235,8 @@ Extras row_extras(const typename F::T* x, const Stats& stats, const Row& row, co
     sum += lane_sum<A>(block_sum);
   });
   const double lse = stats.m + row.lse_m, L = call.options.lse_square_scale;
-  return {lse, L == 0 ? 0.0 : L * lse * lse, row.lse_m + sum / (stats.so + row.e_y), largest<F>(x, call.C, call.options)};
+  return {lse, L == 0 ? 0.0 : L * lse * lse, row.lse_m + sum / (stats.so + row.e_y),
+          largest<F>(x, call.C, call.options)};
 }
 
 template <class A> void write_row(const Call& call, int64_t row, double loss, const Stats& stats) {
@@ -264,7 +266,8 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end)
     const Sums sums = call.loss ? row_lse<F>(x, call.probs ? largest<F>(x, call.C, call.options) : y, call, t_offset)
                                 : Sums{call.stats[i], 0};
     const Stats& stats = sums.stats;
-    const Row row = Row::at<A>(transform<F>(load_first(x + int64_t(stats.y), 1), call.options)[0], stats, call, t_offset);
+    const Row row =
+        Row::at<A>(transform<F>(load_first(x + int64_t(stats.y), 1), call.options)[0], stats, call, t_offset);
     if (call.loss) write_row<A>(call, i, row_loss(sums, row, call), stats);
     if (call.extras) call.extras[i] = row_extras<F>(x, stats, row, call);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);

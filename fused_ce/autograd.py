@@ -98,7 +98,7 @@ def _is_batched(grad: Tensor | None) -> bool:
     if grad is None:
         return False
     functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)  # type: ignore[attr-defined]
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
 
 
 def _differentiable(

@@ -16,7 +16,7 @@ try:
     from . import _C
 except ImportError as error:
     _C = None
-    _missing = f"the C++ kernels are not built ({error}); pip install . builds them"
+    _missing = f"the C++ kernels cannot be loaded ({error}); pip install . builds them"
 
 _LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}

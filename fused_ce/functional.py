@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,14 @@ class CrossEntropyOutput(NamedTuple):
     entropy: Tensor  # R, of softmax, in nats
 
 
+# Callers see a Tensor unless they ask for more; what the arguments are is said once, below.
+@overload
 def cross_entropy(
+    input: Tensor, target: Tensor, *args: Any, return_stats: Literal[True], **keywords: Any
+) -> CrossEntropyOutput: ...
+@overload
+def cross_entropy(input: Tensor, target: Tensor, *args: Any, return_stats: bool = False, **keywords: Any) -> Tensor: ...
+def cross_entropy(  # type: ignore[misc]
     input: Tensor,  # (N, C), (C) or (N, C, d1..dk)
     target: Tensor,  # (N), () or (N, d1..dk); or probabilities of the input's shape
     weight: Tensor | None = None,  # (C,)

@@ -22,7 +22,7 @@ _OPTIONS = (
     "int ignore_index, float label_smoothing, float logit_scale, float? softcap, float lse_square_scale, "
     "str reduction, ScalarType dtype, Tensor? num_items, str? backend"
 )
-_LIBRARY = torch.library.Library("fused_ce", "DEF")
+_LIBRARY: Any = torch.library.Library("fused_ce", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIBRARY.define(
     f"forward({_CALL}, {_OPTIONS}, bool stats, bool extras) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -45,7 +45,7 @@ def arguments(options: Options, device: torch.device) -> tuple[Any, ...]:
 
 def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *fields, backend, wants_stats, wants_extras = rest
-    options = Options(*fields, return_stats=wants_extras)
+    options = Options(*fields)._replace(return_stats=wants_extras)
     chosen = dispatch.choose(input, target, weight, options, backend) or reference
     schedule = "recompute" if wants_stats else "loss"
     loss, _, stats, extras = chosen.forward(input, target, weight, options, schedule)
