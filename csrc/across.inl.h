@@ -17,17 +17,23 @@ template <class F> struct Lanes {
       side_by_side &= p[i] == p[0] + i;
     }
   }
-  INLINE V get(int64_t c) const {
-    if (side_by_side) return load(p[0] + c * stride);
-    T element[F::lanes] = {};
-    for (int i = 0; i < n; i++) element[i] = p[i][c * stride];
-    return load(element);
+  // Rows that are not side by side go through `raw`, (C, lanes): element by element, and as vectors only when all of
+  // it is there, because a vector read right behind the narrow writes that make it up would wait for them.
+  INLINE void gather(T* raw, int64_t C) const {
+    if (side_by_side) return;
+    for (int i = 0; i < n; i++)
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = p[i][c * stride];
+    for (int i = n; i < F::lanes; i++)
+      for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = T{};
   }
-  INLINE void put(int64_t c, V v) const {
-    if (side_by_side) return store(p[0] + c * stride, v);
-    T element[F::lanes];
-    store(element, v);
-    for (int i = 0; i < n; i++) p[i][c * stride] = element[i];
+  INLINE V get(const T* raw, int64_t c) const { return load(side_by_side ? p[0] + c * stride : raw + c * F::lanes); }
+  INLINE void put(T* raw, int64_t c, V v) const { store(side_by_side ? p[0] + c * stride : raw + c * F::lanes, v); }
+  INLINE void scatter(const T* raw, int64_t C) const {
+    if (side_by_side) return;
+    for (int i = 0; i < n; i++)
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < C; c++) p[i][c * stride] = raw[c * F::lanes + i];
   }
 };
 
@@ -35,34 +41,33 @@ template <class F> struct Bundle {
   TYPES(F);
   typedef decltype(I{}[0] + 0) Index;
   const Call& call;
-  const int64_t first, C;  // the row of lane 0
-  const int n;             // rows in use
-  V* const z;              // (C) transformed logits
-  V* const slope;          // (C) dz/dx
-  V* const q;              // (C) spread part of q, if DENSE
-  Sums sums[F::lanes];
-  I argmax;
-
-  INLINE Stats& stats(int lane) { return sums[lane].stats; }
-  INLINE bool ignored(int lane) { return stats(lane).y < 0; }
+  const int64_t first, C;                    // the row of lane 0
+  const int n;                               // rows in use
+  V* const z;                                // (C) transformed logits
+  V* const slope;                            // (C) dz/dx
+  V* const q;                                // (C) spread part of q, if DENSE
+  V m = {}, so = {}, rest = {}, below = {};  // as in Sums
+  I y = {}, argmax = {}, counts = {};        // counts: all bits set in rows that are not ignored
 
   Bundle(const Call& call, int64_t first, int n, void* scratch)
       : call(call), first(first), C(call.C), n(n), z(static_cast<V*>(scratch)), slope(z + C), q(slope + C) {
+    bool some_ignored = false;
     for (int i = 0; i < n; i++) {
-      sums[i] = Sums{call.loss ? Stats{} : call.stats[first + i], 0};
-      if (call.probs) continue;
-      const int64_t y = call.target_index(first + i);
-      stats(i).y = y == call.options.ignore_index ? -1.0 : double(y);
+      const int64_t label = call.probs ? 0 : call.target_index(first + i);
+      const bool ignored = !call.probs && label == call.options.ignore_index;
+      y[i] = ignored ? 0 : Index(label);
+      counts[i] = ignored ? 0 : -1;
+      some_ignored |= ignored;
     }
     const Lanes<F> x(call, call.input, first, n);
+    T* const raw = reinterpret_cast<T*>(q);  // q is not there yet
+    x.gather(raw, C);
     for (int64_t c = 0; c < C; c++) {
-      const V x_c = x.get(c);
+      V x_c = x.get(raw, c);
+      if (some_ignored) x_c = counts ? x_c : V{};  // it may be NaN
       z[c] = transform<F>(x_c, call.options);
       if (F::CAP && call.grad.data) slope[c] = transform_grad<F>(x_c, call.options);
     }
-    for (int i = 0; i < n; i++)
-      if (ignored(i))
-        for (int64_t c = 0; c < C; c++) z[c][i] = 0;
     if constexpr (F::DENSE) load_q();
   }
 
@@ -81,20 +86,14 @@ template <class F> struct Bundle {
 
   // [3] row_lse
   void row_lse() {
-    V m = z[0];
-    argmax = I{};
+    m = z[0];
     for (int64_t c = 1; c < C; c++) {
       const auto larger = z[c] > m;
       m = larger ? z[c] : m;
       argmax = larger ? I{} + Index(c) : argmax;
     }
-    I y = {};
-    for (int i = 0; i < n; i++) {
-      if (call.probs) stats(i).y = argmax[i];
-      y[i] = Index(stats(i).y);
-      stats(i).m = m[i];
-    }
-    constexpr int64_t STEP = 64;  // classes added up in acc before they join the doubles
+    if (call.probs) y = argmax;
+    constexpr int64_t STEP = 64;  // classes added up before they join the whole: fewer roundings each
     for (int64_t begin = 0; begin < C; begin += STEP) {
       const int64_t end = begin + STEP < C ? begin + STEP : C;
       V sum = {}, sum_below = {}, sum_q = {};
@@ -106,61 +105,87 @@ template <class F> struct Bundle {
           sum_below += q[c] * (m - z[c]);
         }
       }
-      for (int i = 0; i < n; i++) {
-        stats(i).so += sum[i];
-        stats(i).rest += sum_q[i];
-        sums[i].below += sum_below[i];
-      }
+      add(so, sum, 0);
+      if constexpr (F::DENSE) add(rest, sum_q, 1), add(below, sum_below, 2);
     }
+  }
+
+  // total += part, and what the addition rounded off is added to the next part (Neumaier)
+  V lost[3] = {};
+  INLINE void add(V& total, V part, int which) {
+    part += lost[which];
+    const V sum = total + part;
+    lost[which] = part - (sum - total);
+    total = sum;
+  }
+
+  INLINE void read_stats() {
+    for (int i = 0; i < n; i++) {
+      const Stats& stats = call.stats[first + i];
+      m[i] = A(stats.m), so[i] = A(stats.so), rest[i] = A(stats.rest);
+      if (call.probs) y[i] = Index(stats.y);
+    }
+  }
+
+  INLINE Row<V, A> row() const {
+    V z_y = {}, own = {}, spread = {};
+    for (int i = 0; i < n; i++) {
+      z_y[i] = z[y[i]][i];
+      own[i] = own_q<A>(call, y[i]);
+      if constexpr (F::DENSE) spread[i] = q[y[i]][i];
+    }
+    return Row<V, A>(m, so, rest, below, z_y, own, own + spread);
+  }
+
+  void write_rows(const Row<V, A>& row) {
+    const V loss = counts ? row_loss(row, call) : V{};
+    for (int i = 0; i < n; i++) static_cast<A*>(call.loss)[first + i] = loss[i];
+    if (call.stats)
+      for (int i = 0; i < n; i++)
+        call.stats[first + i] = Stats{double(m[i]), double(so[i]), double(rest[i]), counts[i] ? double(y[i]) : -1.0};
   }
 
   // [5] row_grad
-  void row_grad(const Slope* part) {
-    V m = {}, p = {}, scale = {}, dz_y = {};
-    I y = {}, keep = {};
-    for (int i = 0; i < n; i++) {
-      if (ignored(i)) continue;
-      m[i] = A(stats(i).m);
-      p[i] = A(part[i].p);
-      scale[i] = A(part[i].scale);
-      dz_y[i] = A(part[i].dz_y);
-      y[i] = Index(stats(i).y);
-      keep[i] = -1;
-    }
+  void row_grad(const Slope<V, A>& part) {
     const V k = splat(A(call.options.logit_scale));
     const Lanes<F> dx(call, call.grad, first, n);
+    T* const raw = reinterpret_cast<T*>(q);  // never ahead of the q that is read
     for (int64_t c = 0; c < C; c++) {
-      V dz = p * exp<A, V, I>(z[c] - m);
-      if constexpr (F::DENSE) dz -= scale * q[c];
-      dz = (y == Index(c) ? dz_y : dz) * (F::CAP ? slope[c] : k);
-      dx.put(c, keep ? dz : V{});
+      V dz = part.p * exp<A, V, I>(z[c] - m);
+      if constexpr (F::DENSE) dz -= part.scale * q[c];
+      dz = (y == Index(c) ? part.dz_y : dz) * (F::CAP ? slope[c] : k);
+      dx.put(raw, c, counts ? dz : V{});
     }
+    dx.scatter(raw, C);
   }
 
-  void target_grad(const Row* row, const Slope* part) {
+  void target_grad(const Row<V, A>& row, V scale) {
     const A* w = static_cast<const A*>(call.weight);
-    const double share = 1 - call.options.label_smoothing;
+    const V share = scale * A(1 - call.options.label_smoothing);
     A dt[BLOCK];
     for (int i = 0; i < n; i++)
       blocks(C, [&](int64_t begin, int64_t end) LAMBDA {
-        for (int64_t c = begin; c < end; c++) {
-          const double minus_log_p = row[i].lse_m + (stats(i).m - double(z[c][i]));
-          dt[c - begin] = A(part[i].scale * share * (w ? double(w[c]) : 1.0) * minus_log_p);
-        }
+        for (int64_t c = begin; c < end; c++)
+          dt[c - begin] = share[i] * (w ? w[c] : A(1)) * (row.lse_m[i] + (m[i] - z[c][i]));
         write_elements(call.d_target.data, call.d_target.dtype,
                        call.dims.offset(call.d_target, first + i) + begin * call.d_target.class_stride,
                        call.d_target.class_stride, dt, end - begin);
       });
   }
 
-  Extras row_extras(int i, const Row& row) {
-    double sum = 0;
+  void write_extras(const Row<V, A>& row) {
+    V sum = {};
     for (int64_t c = 0; c < C; c++) {
-      const double below = stats(i).m - double(z[c][i]), e_c = __builtin_exp(-below);
-      if (!(e_c == 0)) sum += e_c * below;
+      const V e_c = exp<A, V, I>(z[c] - m);
+      sum += e_c == 0 ? e_c : e_c * (m - z[c]);
     }
-    const double lse = stats(i).m + row.lse_m, L = call.options.lse_square_scale;
-    return {lse, L == 0 ? 0.0 : L * lse * lse, row.lse_m + sum / (stats(i).so + row.e_y), argmax[i]};
+    const double L = call.options.lse_square_scale;
+    const V entropy = row.lse_m + sum / (row.so + row.e_y);
+    for (int i = 0; i < n; i++) {
+      const double lse = double(m[i]) + double(row.lse_m[i]);
+      call.extras[first + i] =
+          counts[i] ? Extras{lse, L == 0 ? 0.0 : L * lse * lse, double(entropy[i]), argmax[i]} : Extras{0, 0, 0, -1};
+    }
   }
 };
 
@@ -171,30 +196,23 @@ template <class F> void across_rows(const Call& call, int64_t begin, int64_t end
     const int n = end - first < F::lanes ? int(end - first) : F::lanes;
     Bundle<F> bundle(call, first, n, scratch);
     if (call.loss) bundle.row_lse();
-    Row row[F::lanes];
-    Slope part[F::lanes];
-    for (int i = 0; i < n; i++) {
-      const int64_t r = first + i;
-      if (bundle.ignored(i)) {
-        write_ignored<A>(call, r);
-        continue;
-      }
-      const Stats& stats = bundle.stats(i);
-      row[i] =
-          Row::at<A>(bundle.z[int64_t(stats.y)][i], stats, call, call.probs ? call.dims.offset(call.target, r) : 0);
-      if (call.loss) write_row<A>(call, r, row_loss(bundle.sums[i], row[i], call), stats);
-      if (call.extras) call.extras[r] = bundle.row_extras(i, row[i]);
-      part[i] = Slope::of(stats, row[i], call, call.scale * (upstream ? double(upstream[r]) : 1.0),
-                          g_lse ? double(g_lse[r]) : 0.0);
-    }
-    if (call.d_target.data) bundle.target_grad(row, part);
-    if (call.grad.data) bundle.row_grad(part);
+    else bundle.read_stats();
+    const Row<V, A> row = bundle.row();
+    if (call.loss) bundle.write_rows(row);
+    if (call.extras) bundle.write_extras(row);
+    if (!call.grad.data && !call.d_target.data) continue;
+    V scale = splat(A(call.scale)), of_lse = {};
+    if (upstream)
+      for (int i = 0; i < n; i++) scale[i] = A(call.scale * double(upstream[first + i]));
+    if (g_lse) of_lse = load_first(g_lse + first, n);
+    if (call.d_target.data) bundle.target_grad(row, scale);
+    if (call.grad.data) bundle.row_grad(Slope<V, A>(row, call, scale, of_lse));
   }
 }
 
 template <class F> void form_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   if (call.across) across_rows<F>(call, begin, end, scratch);
-  else along_rows<F>(call, begin, end);
+  else along_rows<F>(call, begin, end, scratch);
 }
 
 template <class T> void rows(const Call& call, int64_t begin, int64_t end, void* scratch) {

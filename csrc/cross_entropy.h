@@ -88,7 +88,7 @@ struct Call {
   }
 };
 
-// Rows [begin, end) of a call, on the calling thread. `scratch` holds 3 C vectors of 64 bytes, aligned, if `across`.
+// Rows [begin, end) of a call, on the calling thread. `scratch` holds scratch_bytes(call), aligned to 64 bytes.
 using RowsFunction = void (*)(const Call& call, int64_t begin, int64_t end, void* scratch);
 
 // Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on its neighbours.

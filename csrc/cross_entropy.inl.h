@@ -93,9 +93,16 @@ template <class F> int64_t largest(const typename F::T* x, int64_t C, const Opti
   return y;
 }
 
+// exp(z_c - m) of a row, kept by row_lse for row_grad: one exponential a class instead of two. m is not known until
+// the row's end, so each block's are relative to the largest z up to there.
+template <class A> struct Kept {
+  A* e;      // (C)
+  A* shift;  // (number of blocks)
+};
+
 // [3] row_lse
-template <class F>
-Sums row_lse(const typename F::T* x, int64_t y, const Call& call, int64_t t_offset) {
+template <class F, bool KEEP>
+Sums row_lse(const typename F::T* x, int64_t y, const Call& call, int64_t t_offset, Kept<typename F::A> kept) {
   TYPES(F);
   const A inf = A(__builtin_inff());
   const Options& o = call.options;
@@ -116,6 +123,7 @@ Sums row_lse(const typename F::T* x, int64_t y, const Call& call, int64_t t_offs
     V sum = {}, sum_below = {}, sum_q = {};
     if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
     each<F>(x, begin, end, o, -inf, [&](V, V z, int64_t c, int n) LAMBDA {
+      __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
       if constexpr (F::DENSE) {
         V q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
         sum_below += keep_first<A>(q_c * (shift - z), n, A(0));
@@ -123,8 +131,14 @@ Sums row_lse(const typename F::T* x, int64_t y, const Call& call, int64_t t_offs
         sum_q += q_c;
       }
       if (c == y_vector) z[y - c] = -inf;
-      sum += exp<A, V, I>(z - shift);
+      const V e_c = exp<A, V, I>(z - shift);
+      sum += e_c;
+      if constexpr (KEEP) {
+        if (n == F::lanes) store(kept.e + c, e_c);
+        else store_first(kept.e + c, e_c, n);
+      }
     });
+    if constexpr (KEEP) kept.shift[begin / BLOCK] = shift;
     so += lane_sum<A>(sum);
     if constexpr (F::DENSE) {
       const double block_rest = lane_sum<A>(sum_q);
@@ -136,75 +150,84 @@ Sums row_lse(const typename F::T* x, int64_t y, const Call& call, int64_t t_offs
   return {{double(m), so, rest, double(y)}, below};
 }
 
-// One row's scalars, in double: they are few, and the loss keeps every digit.
-struct Row {
-  double z_y, e_y, lse_m;  // lse_m = lse - m
-  double q_own, q_y;       // the target's own share of q, and all of q_y
+// What is known of a row once its sums are: S is double for one row (the scalars are few, and the loss keeps every
+// digit), or a vector for a row in each lane. A is what S is made of.
+template <class S, class A> struct Row {
+  S m, so, rest, below;  // see Stats and Sums
+  S z_y, q_own, q_y;     // class y: its z, the target's own share of q, and all of q
+  S e_y, lse_m;          // exp(z_y - m), lse - m
 
-  template <class A> static Row at(double z_y, const Stats& stats, const Call& call, int64_t t_offset) {
-    const A* w = static_cast<const A*>(call.weight);
-    Row row;
-    row.z_y = z_y;
-    row.e_y = __builtin_exp(z_y - stats.m);
-    row.lse_m = __builtin_log1p(stats.so + (row.e_y - 1));
-    row.q_own = call.probs ? 0.0 : (1 - call.options.label_smoothing) * (w ? double(w[int64_t(stats.y)]) : 1.0);
-    A q = 0;
-    if (call.probs || call.options.label_smoothing > 0)
-      spread_q(&q, call, t_offset, int64_t(stats.y), int64_t(stats.y) + 1);
-    row.q_y = row.q_own + double(q);
-    return row;
+  Row(S m, S so, S rest, S below, S z_y, S q_own, S q_y)
+      : m(m), so(so), rest(rest), below(below), z_y(z_y), q_own(q_own), q_y(q_y) {
+    e_y = exp_of(z_y - m);
+    lse_m = log1p_of(so + (e_y - 1));
   }
 };
 
 // [4] row_loss
-inline double row_loss(const Sums& sums, const Row& row, const Call& call) {
-  const double L = call.options.lse_square_scale, m = sums.stats.m, lse = m + row.lse_m;
-  double loss = 0;
-  if (!call.probs) loss = row.q_own * (row.lse_m + (m - row.z_y));
-  if (call.probs || call.options.label_smoothing > 0)
-    loss += (sums.stats.rest + (row.q_y - row.q_own)) * row.lse_m + sums.below;
-  return L == 0 ? loss : loss + L * lse * lse;
+template <class S, class A> S row_loss(const Row<S, A>& r, const Call& call) {
+  const A L = A(call.options.lse_square_scale);
+  S loss = S{};
+  if (!call.probs) loss = r.q_own * (r.lse_m + (r.m - r.z_y));
+  if (call.probs || call.options.label_smoothing > 0) loss += (r.rest + (r.q_y - r.q_own)) * r.lse_m + r.below;
+  if (L != 0) loss += L * (r.m + r.lse_m) * (r.m + r.lse_m);
+  return loss;
 }
 
-// What one row's gradient needs: dz_c = p * exp(z_c - m) - scale * q_c, and dz_y on its own.
-struct Slope {
-  double p, scale, dz_y;
+// What a row's gradient needs: dz_c = p * exp(z_c - m) - scale * q_c, and dz_y on its own.
+template <class S, class A> struct Slope {
+  S p, scale, dz_y;
 
-  static Slope of(const Stats& stats, const Row& row, const Call& call, double scale, double g_lse) {
-    const double L = call.options.lse_square_scale, s = stats.so + row.e_y;
-    const double lse_part = (L == 0 ? 0.0 : 2 * L * scale * (stats.m + row.lse_m)) + g_lse;
-    const double others = scale * stats.rest + lse_part;
-    return {(others + scale * row.q_y) / s, scale, others * (row.e_y / s) - scale * row.q_y * (stats.so / s)};
+  Slope(const Row<S, A>& r, const Call& call, S scale, S g_lse) : scale(scale) {
+    const A L = A(call.options.lse_square_scale);
+    const S s_inverse = 1 / (r.so + r.e_y);
+    S others = scale * r.rest + g_lse;
+    if (L != 0) others += 2 * L * scale * (r.m + r.lse_m);
+    p = (others + scale * r.q_y) * s_inverse;
+    dz_y = others * (r.e_y * s_inverse) - scale * r.q_y * (r.so * s_inverse);
   }
 };
 
+// The share of q that a class index has of its own, and the spread part of q at class y.
+template <class A> A own_q(const Call& call, int64_t y) {
+  const A* w = static_cast<const A*>(call.weight);
+  return call.probs ? A(0) : A(1 - call.options.label_smoothing) * (w ? w[y] : A(1));
+}
+template <class A> A spread_q_at(const Call& call, int64_t t_offset, int64_t y) {
+  A q = 0;
+  if (call.probs || call.options.label_smoothing > 0) spread_q(&q, call, t_offset, y, y + 1);
+  return q;
+}
+
 // [5] row_grad
-template <class F>
-void row_grad(typename F::T* dx, const typename F::T* x, const Stats& stats, const Slope& slope, const Call& call,
-              int64_t t_offset) {
+template <class F, bool KEEP>
+void row_grad(typename F::T* dx, const typename F::T* x, const Stats& stats, typename F::V x_y,
+              const Slope<double, double>& slope, const Call& call, int64_t t_offset, Kept<typename F::A> kept) {
   TYPES(F);
   const Options& o = call.options;
-  const A m = A(stats.m), p = A(slope.p), scale = A(slope.scale);
-  // Before the loop: dx may be x itself.
-  const V dx_y = A(slope.dz_y) * transform_grad<F>(load_first(x + int64_t(stats.y), 1), o);
+  const A m = A(stats.m), scale = A(slope.scale);
   A q[F::DENSE ? BLOCK : 1];
   blocks(call.C, [&](int64_t begin, int64_t end) LAMBDA {
     if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
+    const A p = A(KEEP ? slope.p * __builtin_exp(double(kept.shift[begin / BLOCK]) - stats.m) : slope.p);
     each<F>(x, begin, end, o, A(0), [&](V x_c, V z, int64_t c, int n) LAMBDA {
-      V dz = p * exp<A, V, I>(z - m);
-      if constexpr (F::DENSE) dz -= scale * (n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n));
+      const bool whole = n == F::lanes;
+      V dz;
+      if constexpr (KEEP) dz = p * (whole ? load(kept.e + c) : load_first(kept.e + c, n));
+      else dz = p * exp<A, V, I>(z - m);
+      if constexpr (F::DENSE) dz -= scale * (whole ? load(q + c - begin) : load_first(q + c - begin, n));
       const V result = dz * transform_grad<F>(x_c, o);
-      if (n == F::lanes) store(dx + c, result);
+      if (whole) store(dx + c, result);
       else store_first(dx + c, result, n);
     });
   });
-  store_first(dx + int64_t(stats.y), dx_y, 1);
+  store_first(dx + int64_t(stats.y), A(slope.dz_y) * transform_grad<F>(x_y, o), 1);
 }
 
 // d loss / d t_c = (1 - e) w_c (lse - z_c), for probabilities that ask for a gradient.
 template <class F>
-void target_grad(const typename F::T* x, const Stats& stats, const Row& row, const Call& call, int64_t offset,
-                 double scale) {
+void target_grad(const typename F::T* x, const Stats& stats, const Row<double, double>& row, const Call& call,
+                 int64_t offset, double scale) {
   TYPES(F);
   const A* w = static_cast<const A*>(call.weight);
   const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(row.lse_m), m = A(stats.m);
@@ -222,7 +245,7 @@ void target_grad(const typename F::T* x, const Stats& stats, const Row& row, con
 
 // The entropy of p: lse - sum of p_c z_c = lse_m + sum of p_c (m - z_c), and which logit is the largest.
 template <class F>
-Extras row_extras(const typename F::T* x, const Stats& stats, const Row& row, const Call& call) {
+Extras row_extras(const typename F::T* x, const Stats& stats, const Row<double, double>& row, const Call& call) {
   TYPES(F);
   const A m = A(stats.m);
   double sum = 0;
@@ -250,29 +273,40 @@ template <class A> void write_ignored(const Call& call, int64_t row) {
   if (call.extras) call.extras[row] = Extras{0, 0, 0, -1};
 }
 
-template <class F> void along_rows(const Call& call, int64_t begin, int64_t end) {
+template <class F> void along_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   TYPES(F);
   const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
+  A* const shift = static_cast<A*>(scratch);
   for (int64_t i = begin; i < end; i++) {
     const T* x = static_cast<const T*>(call.input.data) + call.dims.offset(call.input, i);
     T* dx = call.grad.data ? static_cast<T*>(call.grad.data) + call.dims.offset(call.grad, i) : nullptr;
     const int64_t t_offset = call.probs ? call.dims.offset(call.target, i) : 0;
-    const int64_t y = call.probs ? -1 : call.target_index(i);
+    int64_t y = call.probs ? 0 : call.target_index(i);
     if (!call.probs && y == call.options.ignore_index) {
       write_ignored<A>(call, i);
       if (dx) __builtin_memset(dx, 0, call.C * sizeof(T));
       continue;
     }
-    const Sums sums = call.loss ? row_lse<F>(x, call.probs ? largest<F>(x, call.C, call.options) : y, call, t_offset)
-                                : Sums{call.stats[i], 0};
+    if (call.probs) y = call.loss ? largest<F>(x, call.C, call.options) : int64_t(call.stats[i].y);
+    const V x_y = load_first(x + y, 1);  // before dx, which may be x, is written
+    const bool keep = call.loss && dx;
+    // Where dx has room for acc and x is not needed again, the exponentials wait in it for their factor.
+    const bool in_dx = sizeof(T) == sizeof(A) && !F::CAP && !call.extras;
+    const Kept<A> kept = {in_dx ? reinterpret_cast<A*>(dx) : shift + (call.C + BLOCK - 1) / BLOCK, shift};
+    const Sums sums = !call.loss ? Sums{call.stats[i], 0}
+                      : keep     ? row_lse<F, true>(x, y, call, t_offset, kept)
+                                 : row_lse<F, false>(x, y, call, t_offset, kept);
     const Stats& stats = sums.stats;
-    const Row row =
-        Row::at<A>(transform<F>(load_first(x + int64_t(stats.y), 1), call.options)[0], stats, call, t_offset);
-    if (call.loss) write_row<A>(call, i, row_loss(sums, row, call), stats);
+    const double own = own_q<A>(call, y), spread = spread_q_at<A>(call, t_offset, y);
+    const double z_y = transform<F>(x_y, call.options)[0];
+    const Row<double, double> row(stats.m, stats.so, stats.rest, sums.below, z_y, own, own + spread);
+    if (call.loss) write_row<A>(call, i, row_loss(row, call), stats);
     if (call.extras) call.extras[i] = row_extras<F>(x, stats, row, call);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);
-    const Slope slope = Slope::of(stats, row, call, scale, g_lse ? double(g_lse[i]) : 0.0);
-    if (dx) row_grad<F>(dx, x, stats, slope, call, t_offset);
+    const Slope<double, double> slope(row, call, scale, g_lse ? double(g_lse[i]) : 0.0);
     if (call.d_target.data) target_grad<F>(x, stats, row, call, call.dims.offset(call.d_target, i), scale);
+    if (!dx) continue;
+    if (keep) row_grad<F, true>(dx, x, stats, x_y, slope, call, t_offset, kept);
+    else row_grad<F, false>(dx, x, stats, x_y, slope, call, t_offset, kept);
   }
 }

@@ -33,12 +33,12 @@ template <> struct Simd<double> {
 template <class A> struct Constants;
 template <> struct Constants<float> {
   static constexpr int lanes = VECTOR_BYTES / 4, mantissa = 23, bias = 127;
-  static constexpr float round = 0x1.8p23f, lowest = -87.3f;
+  static constexpr float round = 0x1.8p23f, lowest = -87.3f, infinity = __builtin_inff();
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;  // few bits in hi: n * ln2_hi is exact
 };
 template <> struct Constants<double> {
   static constexpr int lanes = VECTOR_BYTES / 8, mantissa = 52, bias = 1023;
-  static constexpr double round = 0x1.8p52, lowest = -708.3;
+  static constexpr double round = 0x1.8p52, lowest = -708.3, infinity = __builtin_inf();
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
 };
 
@@ -236,3 +236,37 @@ template <class A, class V, class I> INLINE V sech2(V u) {
   V e = exp<A, V, I>(u < 0 ? 2 * u : -2 * u);
   return 4 * e / ((1 + e) * (1 + e));
 }
+
+// log(1 + u) for u >= 0, or NaN: 1 + u = 2^k f with f in [sqrt(1/2), sqrt(2)), and log f = 2 atanh(g / (2 + g)) with
+// g = f - 1. For k = 0 g is u itself, so a tiny u keeps every digit; for others what 1 + u rounded off is added back.
+template <class A, class V, class I> INLINE V log1p(V u) {
+  typedef Constants<A> K;
+  const V v = 1 + u;
+  const I sqrt_half = (I)splat(A(0.70710678118654752440));
+  const I exponent = ((I)v - sqrt_half) >> K::mantissa;
+  const V k = __builtin_convertvector(exponent, V);
+  const V f = (V)((I)v - (exponent << K::mantissa));
+  const V g = exponent == 0 ? u : f - 1;
+  const V s = g / (2 + g), t = s * s;
+  V p;
+  if constexpr (sizeof(A) == 4) {
+    p = splat(A(2.0 / 9));
+    p = p * t + A(2.0 / 7);
+    p = p * t + A(2.0 / 5);
+    p = p * t + A(2.0 / 3);
+  } else {
+    p = splat(A(2.0 / 23));
+    for (int n = 21; n >= 3; n -= 2) p = p * t + A(2.0) / A(n);
+  }
+  const V rounded_off = exponent == 0 ? V{} : (u - (v - 1)) / v;
+  const V result = k * K::ln2_hi + (2 * s + (s * t * p + (k * K::ln2_lo + rounded_off)));
+  return u < K::infinity ? result : u;
+}
+
+// The same names for one number and for a vector.
+INLINE double exp_of(double x) { return __builtin_exp(x); }
+INLINE double log1p_of(double u) { return __builtin_log1p(u); }
+INLINE Vec::f32 exp_of(Vec::f32 x) { return exp<float, Vec::f32, Vec::i32>(x); }
+INLINE Vec::f64 exp_of(Vec::f64 x) { return exp<double, Vec::f64, Vec::i64>(x); }
+INLINE Vec::f32 log1p_of(Vec::f32 u) { return log1p<float, Vec::f32, Vec::i32>(u); }
+INLINE Vec::f64 log1p_of(Vec::f64 u) { return log1p<double, Vec::f64, Vec::i64>(u); }
