@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# (input, target) -> loss, extras; differentiable to any order
-Composite = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+# (input, target, weight, options) -> loss, extras; differentiable to any order
+Composite = Callable[[Tensor, Tensor, Tensor | None, Any], tuple[Tensor, Any]]
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -68,7 +68,7 @@ class CrossEntropy(torch.autograd.Function):
                 f"{ctx.version} instead. Clone them before changing them."
             )
         if composite:
-            dx, dt = _differentiable(ctx.composite, ctx.input, target, ctx.needs_input_grad, grad_output, g_lse)
+            dx, dt = _differentiable(ctx, target, weight, grad_output, g_lse)
         else:
             if g_lse is not None:
                 grad = None
@@ -102,17 +102,12 @@ def _is_batched(grad: Tensor | None) -> bool:
 
 
 def _differentiable(
-    composite: Composite,
-    input: Tensor,
-    target: Tensor,
-    needs_grad: tuple[bool, ...],
-    grad_output: Tensor | None,
-    g_lse: Tensor | None,
+    ctx: Any, target: Tensor, weight: Tensor | None, grad_output: Tensor | None, g_lse: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    wanted = [tensor for tensor, needed in zip((input, target), needs_grad, strict=False) if needed]
+    wanted = [tensor for tensor, needed in zip((ctx.input, target), ctx.needs_input_grad, strict=False) if needed]
     with torch.enable_grad():
-        loss, extras = composite(input, target)
+        loss, extras = ctx.composite(ctx.input, target, weight, ctx.options)
         pairs = [(loss, grad_output), (extras and extras.lse, g_lse)]
         outputs, grads = zip(*((output, grad) for output, grad in pairs if grad is not None), strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
-    return tuple(next(found) if needed else None for needed in needs_grad[:2])  # type: ignore[return-value]
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])  # type: ignore[return-value]

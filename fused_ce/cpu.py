@@ -22,6 +22,7 @@ _LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}
 _REDUCTIONS = {name: code for code, name in enumerate(REDUCTIONS)}
 _MAX_DIMS = 8
+_CONTIGUOUS = torch.contiguous_format
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
@@ -54,14 +55,14 @@ def forward(
     schedule: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Extras | None]:
     """See `dispatch.py`. The stats are (rows, 4) float64; a float32 or float64 fused gradient needs none."""
-    shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
-    loss = torch.empty(shape if options.reduction == "none" else (), dtype=options.dtype or input.dtype)
     fused = schedule == "fused"
-    grad = (input if options.inplace else torch.empty(input.shape, dtype=input.dtype)) if fused else None
-    rows = math.prod(shape)
     needs_stats = schedule == "recompute" or (fused and (options.return_stats or input.itemsize == 2))
-    stats = torch.empty((rows, _C.stats_size), dtype=torch.float64) if needs_stats else None
-    extras = torch.empty((rows, _C.extras_size), dtype=torch.float64) if options.return_stats else None
+    per_row = needs_stats or options.return_stats or options.reduction == "none"
+    shape = (input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]) if per_row else torch.Size()
+    loss = torch.empty(shape if options.reduction == "none" else (), dtype=options.dtype or input.dtype)
+    grad = (input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)) if fused else None
+    stats = torch.empty((shape.numel(), _C.stats_size), dtype=torch.float64) if needs_stats else None
+    extras = torch.empty((shape.numel(), _C.extras_size), dtype=torch.float64) if options.return_stats else None
     weight = _in_acc(weight, input)
     _C.forward(
         _view(input),
@@ -103,8 +104,8 @@ def backward(
         if input is None or grad.itemsize > 2 or exact:
             return grad * ratio if keep else grad.mul_(ratio), None
     assert input is not None
-    dx = input if options.inplace else torch.empty(input.shape, dtype=input.dtype)
-    dt = torch.empty(target.shape, dtype=target.dtype) if wants_target else None
+    dx = input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)
+    dt = torch.empty_like(target, memory_format=_CONTIGUOUS) if wants_target else None
     weight = _in_acc(weight, input)
     rows = None if one_for_all else _in_acc(grad_output, input)
     g_lse = _in_acc(g_lse, input)
@@ -140,8 +141,9 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _in_acc(tensor: Tensor | None, input: Tensor) -> Tensor | None:
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return None if tensor is None else tensor.detach().to(acc).contiguous()
+    if tensor is None:
+        return None
+    return tensor.detach().to(torch.float64 if input.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def _options(options: Options) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from .options import Options
 
 # In order of preference. The reference is never chosen unasked: torch's own operators are faster.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": gpu, "reference": reference}
+FORCED = os.environ.get("FUSED_CE_BACKEND")  # read once: a look into the environment costs as much as the choice
 
 
 def choose(
@@ -32,13 +33,13 @@ def choose(
 ) -> ModuleType | None:
     """The backend for this call, or None where only a torch composite will do.
 
-    `name` (or the variable FUSED_CE_BACKEND) forces one.
+    `name` (or the variable FUSED_CE_BACKEND at import) forces one.
 
     Raises:
         ValueError: no backend of that name.
         NotImplementedError: the backend asked for cannot take the call; the message lists why.
     """
-    name = name or os.environ.get("FUSED_CE_BACKEND")
+    name = name or FORCED
     if name is None:
         for backend in (cpu, gpu):
             if not backend.unsupported(input, target, weight, options):

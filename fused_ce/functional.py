@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -16,6 +15,7 @@ from .options import REDUCTIONS, Extras, Options, check_extras
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INDICES = (torch.int64, torch.uint8)
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -92,7 +92,7 @@ def cross_entropy(  # type: ignore[misc]
         return_stats: return a `CrossEntropyOutput`: loss, lse, z_loss, argmax, correct, entropy, out of the
             same pass.
         backend: "cpu", "triton" or "reference" instead of the best that takes the call; also the
-            environment variable FUSED_CE_BACKEND.
+            environment variable FUSED_CE_BACKEND, read at import.
 
     Returns:
         A scalar, or one loss a row with reduction="none" (the target's shape, for class indices); with
@@ -132,9 +132,10 @@ def _run(
 ) -> tuple[Tensor, Extras | None]:
     if torch.compiler.is_compiling():
         return _trace(input, target, weight, options, backend)
-    if not (_is_untransformed() and _is_untraced() and _is_ordinary(input, target, weight, options)):
+    ordinary = _is_untransformed() and _is_untraced() and _is_ordinary(input, target, weight, options)
+    if not ordinary or input.is_neg():
         return _composite(input, target, weight, options)
-    options = options._replace(dtype=_loss_dtype(options.dtype or input.dtype, input, target))
+    options = _with_loss_dtype(options, input, target)
     chosen = dispatch.choose(input, target, weight, options, backend)
     if chosen is None:
         return _composite(input, target, weight, options)
@@ -143,8 +144,7 @@ def _run(
         return loss, extras
     if options.inplace:
         _check_inplace(input)
-    composite = partial(_composite, weight=weight, options=options)
-    outputs = CrossEntropy.apply(input, target, weight, options, chosen, composite)  # type: ignore[no-untyped-call]
+    outputs = CrossEntropy.apply(input, target, weight, options, chosen, _composite)  # type: ignore[no-untyped-call]
     return (outputs[0], Extras(*outputs[1:])) if options.return_stats else (outputs, None)
 
 
@@ -155,7 +155,7 @@ def _trace(
     # An autograd Function under a transform inside a compiled graph loses its derivative in torch 2.13.
     if not (_is_untransformed() and _is_ordinary(input, target, weight, options)):
         return _composite(input, target, weight, options)
-    options = options._replace(dtype=_loss_dtype(options.dtype or input.dtype, input, target))
+    options = _with_loss_dtype(options, input, target)
     if dispatch.choose(input, target, weight, options, backend) is None:
         return _composite(input, target, weight, options)
     wants_grad = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
@@ -189,11 +189,14 @@ def _check_inplace(input: Tensor) -> None:
         )
 
 
-def _loss_dtype(dtype: torch.dtype, input: Tensor, target: Tensor) -> torch.dtype:
+def _with_loss_dtype(options: Options, input: Tensor, target: Tensor) -> Options:
     """torch's rule: the logits' dtype, at least float32 under autocast, promoted with that of probabilities."""
+    dtype = options.dtype or input.dtype
     if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
         dtype = torch.float32
-    return torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+    return options if dtype == options.dtype else options._replace(dtype=dtype)
 
 
 def _is_untransformed() -> bool:
@@ -212,22 +215,22 @@ def _is_untraced() -> bool:
 
 def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> bool:
     """Plain strided tensors and options that torch accepts; all else is torch's to judge, in its own words."""
-    if not (_is_plain(input) and _is_plain(target) and (weight is None or _is_plain(weight))):
+    if not (_is_plain(input) and _is_plain(target) and input.dtype in _FLOATS and type(options.ignore_index) is int):
         return False
-    dim = input.dim()
-    if dim == 0 or input.dtype not in _FLOATS or type(options.ignore_index) is not int:
-        return False
-    C = input.shape[0 if dim == 1 else 1]
-    if target.shape == input.shape:
-        fits = target.dtype in _FLOATS and options.ignore_index < 0
+    shape, labels = input.shape, target.shape
+    if len(shape) == 2 and labels == shape[:1]:
+        fits = target.dtype in _INDICES
+    elif labels == shape:
+        fits = target.dtype in _FLOATS and options.ignore_index < 0 and len(shape) > 0 and not target.is_neg()
+    elif len(shape) > 2:
+        fits = target.dtype == torch.int64 and labels == shape[:1] + shape[2:]
     else:
-        rows = input.shape[:0] if dim == 1 else input.shape[:1] + input.shape[2:]
-        is_index = target.dtype == torch.int64 or (target.dtype == torch.uint8 and dim <= 2)
-        fits = is_index and target.shape == rows
+        fits = target.dtype in _INDICES and len(shape) == 1 and len(labels) == 0
     if weight is not None:
+        classes = shape[:1] if len(shape) == 1 else shape[1:2]
+        fits = fits and _is_plain(weight) and weight.shape == classes and weight.dtype == input.dtype
         # torch takes uint8 targets with a weight, but not with smoothing too.
-        fits = fits and weight.shape == (C,) and weight.dtype == input.dtype and not weight.requires_grad
-        fits = fits and (target.dtype != torch.uint8 or not options.label_smoothing > 0)
+        fits = fits and not (weight.requires_grad or (target.dtype == torch.uint8 and options.label_smoothing > 0))
     return (
         fits
         and -(2**63) <= options.ignore_index < 2**63
@@ -240,7 +243,7 @@ def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: 
 def _is_plain(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():  # the tensors that stand for the real ones are of other types
         return tensor.layout is torch.strided
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 
 def _composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Extras | None]:

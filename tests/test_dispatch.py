@@ -51,11 +51,11 @@ def test_reference_only_when_asked_for() -> None:
 
 
 def test_the_variable_forces_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_CE_BACKEND", "reference")
+    monkeypatch.setattr(dispatch, "FORCED", "reference")
     assert choose(*call(), None) is BACKENDS["reference"]
     if cpu._C is not None:
         assert choose(*call(), "cpu") is BACKENDS["cpu"]  # the argument is heard first
-    monkeypatch.setenv("FUSED_CE_BACKEND", "nonsense")
+    monkeypatch.setattr(dispatch, "FORCED", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         cross_entropy(*call()[:2])
 
@@ -70,7 +70,7 @@ def test_the_backend_asked_for_runs(monkeypatch: pytest.MonkeyPatch, how: str) -
     for name in ("reference", "cpu"):
         keywords = {"backend": name} if how == "argument" else {}
         if how == "variable":
-            monkeypatch.setenv("FUSED_CE_BACKEND", name)
+            monkeypatch.setattr(dispatch, "FORCED", name)
         input = x(3, 5).requires_grad_()
         cross_entropy(input, y(3), **keywords).backward()
         assert ran == [name]
