@@ -1,7 +1,6 @@
 // The only file that knows Python: reads pointers, sizes and strides, releases the GIL, raises for a bad target.
 #include <pybind11/pybind11.h>
 
-#include <cstdlib>
 #include <string>
 
 #include "dispatch.h"
@@ -155,5 +154,4 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
   m.attr("openmp") = false;
 #endif
-  if (const char* forced = std::getenv("FUSED_CE_ISA")) set_isa_py(forced);
 }

@@ -76,6 +76,7 @@ void run_rows(const Call& call, [[maybe_unused]] int threads) {
 
 // Checks every target and finds what the rows share: the scale and, under a mean, L D / count.
 Refusal prepare(Call& call, Reduction reduction, double num_items, double* divisor) {
+  call.L = call.options.lse_square_scale;
   int64_t count = call.rows;
   double weights = double(count);  // sum of w_y
   if (!call.probs) {
@@ -95,7 +96,7 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, double* divis
   if (reduction == Reduction::mean) {
     const bool given = num_items == num_items;  // not NaN
     *divisor = given ? num_items : weights;
-    if (!given) call.options.lse_square_scale *= weights == double(count) ? 1.0 : weights / double(count);
+    if (!given && weights != double(count)) call.L *= weights / double(count);
     call.scale /= *divisor;
   }
   return {false, 0};

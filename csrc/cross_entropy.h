@@ -18,7 +18,7 @@ struct Options {
   double label_smoothing;   // e; 0: none
   double logit_scale;       // k
   double softcap;           // s; 0: none
-  double lse_square_scale;  // L; under a mean already multiplied by D / count
+  double lse_square_scale;  // L
 };
 
 // A tensor of one element, or one row of classes, for each row of the loss. Strides count elements.
@@ -80,6 +80,7 @@ struct Call {
   // options
   Options options;
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
+  double L;      // lse_square_scale D / count under a mean, because the z-loss is divided by the count instead
 
   FUSED_CE_INLINE int64_t target_index(int64_t row) const {
     const int64_t offset = dims.offset(target, row);

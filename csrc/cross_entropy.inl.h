@@ -166,7 +166,7 @@ template <class S, class A> struct Row {
 
 // [4] row_loss
 template <class S, class A> S row_loss(const Row<S, A>& r, const Call& call) {
-  const A L = A(call.options.lse_square_scale);
+  const A L = A(call.L);
   S loss = S{};
   if (!call.probs) loss = r.q_own * (r.lse_m + (r.m - r.z_y));
   if (call.probs || call.options.label_smoothing > 0) loss += (r.rest + (r.q_y - r.q_own)) * r.lse_m + r.below;
@@ -179,7 +179,7 @@ template <class S, class A> struct Slope {
   S p, scale, dz_y;
 
   Slope(const Row<S, A>& r, const Call& call, S scale, S g_lse) : scale(scale) {
-    const A L = A(call.options.lse_square_scale);
+    const A L = A(call.L);
     const S s_inverse = 1 / (r.so + r.e_y);
     S others = scale * r.rest + g_lse;
     if (L != 0) others += 2 * L * scale * (r.m + r.lse_m);

@@ -11,7 +11,7 @@ struct Isa {
 };
 
 const Isa* isas(int* count);     // every compiled one, best first
-const Isa& isa();                // the chosen one: FUSED_CE_ISA, else the best that runs here
+const Isa& isa();                // the chosen one; at first the best that runs here
 bool set_isa(const char* name);  // false: not compiled, or does not run here
 
 // Defined in isa/*.cpp.

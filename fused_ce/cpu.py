@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ try:
 except ImportError as error:
     _C = None
     _missing = f"the C++ kernels cannot be loaded ({error}); pip install . builds them"
+
+if _C is not None and (_forced := os.environ.get("FUSED_CE_ISA")):
+    _C.set_isa(_forced)  # a wrong name is an error, not a slower run
 
 _LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}

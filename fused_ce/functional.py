@@ -133,7 +133,7 @@ def _run(
     if torch.compiler.is_compiling():
         return _trace(input, target, weight, options, backend)
     ordinary = _is_untransformed() and _is_untraced() and _is_ordinary(input, target, weight, options)
-    if not ordinary or input.is_neg():
+    if not ordinary or input.is_neg() or target.is_neg():
         return _composite(input, target, weight, options)
     options = _with_loss_dtype(options, input, target)
     chosen = dispatch.choose(input, target, weight, options, backend)
@@ -221,7 +221,7 @@ def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: 
     if len(shape) == 2 and labels == shape[:1]:
         fits = target.dtype in _INDICES
     elif labels == shape:
-        fits = target.dtype in _FLOATS and options.ignore_index < 0 and len(shape) > 0 and not target.is_neg()
+        fits = target.dtype in _FLOATS and options.ignore_index < 0 and len(shape) > 0
     elif len(shape) > 2:
         fits = target.dtype == torch.int64 and labels == shape[:1] + shape[2:]
     else:
