@@ -40,6 +40,7 @@ template <class F> struct Lanes {
 template <class F> struct Bundle {
   TYPES(F);
   typedef decltype(I{}[0] + 0) Index;
+  static constexpr bool EXACT = sizeof(A) == sizeof(float);
   const Call& call;
   const int64_t first, C;                    // the row of lane 0
   const int n;                               // rows in use
@@ -93,30 +94,22 @@ template <class F> struct Bundle {
       argmax = larger ? I{} + Index(c) : argmax;
     }
     if (call.probs) y = argmax;
-    constexpr int64_t STEP = 64;  // classes added up before they join the whole: fewer roundings each
-    for (int64_t begin = 0; begin < C; begin += STEP) {
-      const int64_t end = begin + STEP < C ? begin + STEP : C;
+    V lost = {}, lost_q = {}, lost_below = {};
+    for (int64_t begin = 0; begin < C; begin += RUN) {
+      const int64_t end = begin + RUN < C ? begin + RUN : C;
       V sum = {}, sum_below = {}, sum_q = {};
       for (int64_t c = begin; c < end; c++) {
         const auto is_y = y == Index(c);
-        sum += is_y ? V{} : exp<A, V, I>(z[c] - m);
+        sum += is_y ? V{} : exp_minus<A, EXACT>(z[c], m);
         if constexpr (F::DENSE) {
           sum_q += is_y ? V{} : q[c];
           sum_below += q[c] * (m - z[c]);
         }
       }
-      add(so, sum, 0);
-      if constexpr (F::DENSE) add(rest, sum_q, 1), add(below, sum_below, 2);
+      add(so, lost, sum);
+      if constexpr (F::DENSE) add(rest, lost_q, sum_q), add(below, lost_below, sum_below);
     }
-  }
-
-  // total += part, and what the addition rounded off is added to the next part (Neumaier)
-  V lost[3] = {};
-  INLINE void add(V& total, V part, int which) {
-    part += lost[which];
-    const V sum = total + part;
-    lost[which] = part - (sum - total);
-    total = sum;
+    so += lost;
   }
 
   INLINE void read_stats() {
@@ -151,7 +144,7 @@ template <class F> struct Bundle {
     const Lanes<F> dx(call, call.grad, first, n);
     T* const raw = reinterpret_cast<T*>(q);  // never ahead of the q that is read
     for (int64_t c = 0; c < C; c++) {
-      V dz = part.p * exp<A, V, I>(z[c] - m);
+      V dz = part.p * exp_minus<A, EXACT>(z[c], m);
       if constexpr (F::DENSE) dz -= part.scale * q[c];
       dz = (y == Index(c) ? part.dz_y : dz) * (F::CAP ? slope[c] : k);
       dx.put(raw, c, counts ? dz : V{});

@@ -55,7 +55,8 @@ void run_chunk(const Call& call, int64_t begin, int64_t end) {
   if (bytes > scratch.bytes) {
     std::free(scratch.data);
     scratch.data = std::aligned_alloc(WIDEST_VECTOR, bytes);
-    scratch.bytes = bytes;
+    scratch.bytes = scratch.data ? bytes : 0;
+    if (!scratch.data) std::abort();  // out of memory, where no exception can leave the parallel region
   }
   isa().rows[int(call.input.dtype)](call, begin, end, scratch.data);
 }

@@ -5,6 +5,10 @@
 
 constexpr int64_t BLOCK = 2048;  // classes
 
+// Vectors summed in acc before they join a total that keeps what is rounded off: a long run of equal terms would be
+// rounded the same way every time.
+constexpr int64_t RUN = 8;
+
 // What is settled at compile time: the element type, whether there is a softcap, whether q is more than one class.
 template <class T_, bool CAP_, bool DENSE_> struct Form {
   typedef T_ T;
@@ -13,6 +17,8 @@ template <class T_, bool CAP_, bool DENSE_> struct Form {
   typedef typename Simd<T>::I I;
   static constexpr bool CAP = CAP_, DENSE = DENSE_;
   static constexpr int lanes = Constants<A>::lanes;
+  // 16-bit logits mostly differ by numbers that float holds, and over many classes the rest averages out.
+  static constexpr bool EXACT = sizeof(T) == sizeof(float);
 };
 
 #define TYPES(F) \
@@ -120,26 +126,31 @@ Sums row_lse(const typename F::T* x, int64_t y, const Call& call, int64_t t_offs
     }
     // While all classes so far are -inf, (-inf) - (-inf) would make NaN of a zero.
     const A shift = m == -inf ? A(0) : m;
-    V sum = {}, sum_below = {}, sum_q = {};
+    V total = {}, lost = {}, sum_below = {}, sum_q = {};
     if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
-    each<F>(x, begin, end, o, -inf, [&](V, V z, int64_t c, int n) LAMBDA {
-      __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
-      if constexpr (F::DENSE) {
-        V q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
-        sum_below += keep_first<A>(q_c * (shift - z), n, A(0));
-        if (c == y_vector) q_seen += q_c[y - c], q_c[y - c] = 0;
-        sum_q += q_c;
-      }
-      if (c == y_vector) z[y - c] = -inf;
-      const V e_c = exp<A, V, I>(z - shift);
-      sum += e_c;
-      if constexpr (KEEP) {
-        if (n == F::lanes) store(kept.e + c, e_c);
-        else store_first(kept.e + c, e_c, n);
-      }
-    });
-    if constexpr (KEEP) kept.shift[begin / BLOCK] = shift;
-    so += lane_sum<A>(sum);
+    for (int64_t run = begin; run < end; run += RUN * F::lanes) {
+      V sum = {};
+      const int64_t run_end = run + RUN * F::lanes < end ? run + RUN * F::lanes : end;
+      each<F>(x, run, run_end, o, -inf, [&](V, V z, int64_t c, int n) LAMBDA {
+        __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
+        if constexpr (F::DENSE) {
+          V q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
+          sum_below += keep_first<A>(q_c * (shift - z), n, A(0));
+          if (c == y_vector) q_seen += q_c[y - c], q_c[y - c] = 0;
+          sum_q += q_c;
+        }
+        if (c == y_vector) z[y - c] = -inf;
+        const V e_c = exp_minus<A, F::EXACT>(z, splat(shift));
+        sum += e_c;
+        if constexpr (KEEP) {
+          if (n == F::lanes) store(kept.e + c, e_c);
+          else store_first(kept.e + c, e_c, n);
+        }
+      });
+      add(total, lost, sum);
+    }
+    if constexpr (KEEP) kept.shift[begin / BLOCK] = m;  // -inf: all of the block's exponentials are 0
+    so += lane_sum<A>(total) + lane_sum<A>(lost);
     if constexpr (F::DENSE) {
       const double block_rest = lane_sum<A>(sum_q);
       rest += block_rest;
@@ -214,7 +225,7 @@ void row_grad(typename F::T* dx, const typename F::T* x, const Stats& stats, typ
       const bool whole = n == F::lanes;
       V dz;
       if constexpr (KEEP) dz = p * (whole ? load(kept.e + c) : load_first(kept.e + c, n));
-      else dz = p * exp<A, V, I>(z - m);
+      else dz = p * exp_minus<A, F::EXACT>(z, splat(m));
       if constexpr (F::DENSE) dz -= scale * (whole ? load(q + c - begin) : load_first(q + c - begin, n));
       const V result = dz * transform_grad<F>(x_c, o);
       if (whole) store(dx + c, result);

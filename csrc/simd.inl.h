@@ -180,12 +180,13 @@ void write_elements(void* data, DType dtype, int64_t offset, int64_t stride, con
 // ---- exp and tanh
 
 // x = n ln2 + r with |r| <= ln2 / 2: gives 2^n and exp(r) - 1. Minimax polynomials of (exp(r) - 1 - r) / r^2
-// (Remez; relative error of exp 3.1e-9 for float, 3.6e-18 for double). x >= lowest, or NaN.
-template <class A, class V, class I> INLINE V expm1_reduced(V x, V* power) {
+// (Remez; relative error of exp 3.1e-9 for float, 3.6e-18 for double). x >= lowest, or NaN. `rest` is what x was
+// rounded by.
+template <class A, class V, class I> INLINE V expm1_reduced(V x, V rest, V* power) {
   typedef Constants<A> K;
   V t = x * A(1.442695040888963407) + K::round;
   V n = t - K::round;
-  V r = (x - n * K::ln2_hi) - n * K::ln2_lo;
+  V r = (x - n * K::ln2_hi) - (n * K::ln2_lo - rest);
   V p;
   if constexpr (sizeof(A) == 4) {
     p = splat(A(0.00138145840312));
@@ -210,13 +211,31 @@ template <class A, class V, class I> INLINE V expm1_reduced(V x, V* power) {
 }
 
 // exp of x <= 0; below `lowest` (subnormal results) exactly 0; NaN stays NaN.
-template <class A, class V, class I> INLINE V exp(V x) {
+template <class A, class V, class I> INLINE V exp(V x, V rest = V{}) {
   typedef Constants<A> K;
   V clamped = x < K::lowest ? splat(K::lowest) : x;
   V power;
-  V q = expm1_reduced<A, V, I>(clamped, &power);
+  V q = expm1_reduced<A, V, I>(clamped, rest, &power);
   V result = power + power * q;
   return x < K::lowest ? V{} : result;
+}
+
+// exp(z - m) for z <= m. Rounding z - m to float costs exp a relative |z - m| 2^-24, 25 ULP at -50: EXACT gives the
+// rounded-off part back (Knuth's two-sum).
+template <class A, bool EXACT, class V> INLINE V exp_minus(V z, V m) {
+  typedef typename Simd<A>::I I;
+  V d = z - m;
+  if constexpr (!EXACT) return exp<A, V, I>(d);
+  const V minus_m = d - z;
+  return exp<A, V, I>(d, (z - (d - minus_m)) - (m + minus_m));
+}
+
+// total += part; what that rounds off is kept in `lost` for the next addition (Neumaier).
+template <class V> INLINE void add(V& total, V& lost, V part) {
+  part += lost;
+  const V sum = total + part;
+  lost = sum - sum == 0 ? part - (sum - total) : V{};  // inf - inf would be NaN
+  total = sum;
 }
 
 // tanh(u) = -em1 / (2 + em1) with em1 = exp(-2 |u|) - 1: no cancellation near 0.
@@ -225,7 +244,7 @@ template <class A, class V, class I> INLINE V tanh(V u) {
   V x = u < 0 ? 2 * u : -2 * u;
   V clamped = x < K::lowest ? splat(K::lowest) : x;
   V power;
-  V q = expm1_reduced<A, V, I>(clamped, &power);
+  V q = expm1_reduced<A, V, I>(clamped, V{}, &power);
   V em1 = power * q + (power - 1);
   V magnitude = -em1 / (2 + em1);
   return u < 0 ? -magnitude : magnitude;

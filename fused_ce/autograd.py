@@ -37,7 +37,9 @@ class CrossEntropy(torch.autograd.Function):
         fused = fused and (input.dtype != torch.float16 or options.grad_scale is not None)
         # Not among the saved tensors: torch's cross entropy lets the logits be changed in place after
         # forward, and so does the fused schedule, which does not need them again.
-        ctx.input, ctx.version = input, input._version
+        ctx.input, ctx.version = input, _version(input)
+        if isinstance(options.num_items, Tensor) or isinstance(options.grad_scale, Tensor):
+            options = _frozen(options)
         loss, grad, stats, extras = backend.forward(input, target, weight, options, "fused" if fused else "recompute")
         if options.inplace and fused:
             torch.autograd.graph.increment_version(input)
@@ -58,13 +60,13 @@ class CrossEntropy(torch.autograd.Function):
             )
         target, weight, grad, stats = ctx.saved_tensors
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        unchanged = ctx.input._version == ctx.version
+        unchanged = _version(ctx.input) == ctx.version
         # create_graph=True, or a vmap over upstream gradients: only differentiable operators will do.
         composite = torch.is_grad_enabled() or _is_batched(grad_output) or _is_batched(g_lse)
         if not unchanged and (composite or grad is None or g_lse is not None):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: the "
-                f"logits, {tuple(ctx.input.shape)}, are at version {ctx.input._version}; expected version "
+                f"logits, {tuple(ctx.input.shape)}, are at version {_version(ctx.input)}; expected version "
                 f"{ctx.version} instead. Clone them before changing them."
             )
         if composite:
@@ -91,6 +93,16 @@ class CrossEntropy(torch.autograd.Function):
         if not keep:
             ctx.input = None
         return dx, dt, None, None, None, None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _frozen(options: Any) -> Any:
+    """Backward reads these tensors again; a loss scaler may have changed its scale in place by then."""
+    tensors = {name: getattr(options, name) for name in ("num_items", "grad_scale")}
+    return options._replace(**{name: t.detach().clone() for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
 def _is_batched(grad: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # After torch, so that the kernels join torch's own OpenMP pool, which torch.set_num_threads governs.
 from .options import REDUCTIONS, Extras, Options
+from .rows import row_shape
 
 _C: Any
 try:
@@ -26,6 +27,7 @@ _LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}
 _REDUCTIONS = {name: code for code, name in enumerate(REDUCTIONS)}
 _MAX_DIMS = 8
+_PID = os.getpid()
 _CONTIGUOUS = torch.contiguous_format
 
 
@@ -38,7 +40,9 @@ def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: O
         reasons.append(f"the tensors are on {input.device}, not all on the cpu")
     if input.dtype not in _LOGITS:
         reasons.append(f"the input is {input.dtype}, not float32, float64, bfloat16 or float16")
-    elif options.dtype == torch.float64 and torch.float64 not in (input.dtype, target.dtype):
+    elif options.dtype not in (None, input.dtype, torch.float32, torch.float64) or (
+        options.dtype == torch.float64 and torch.float64 not in (input.dtype, target.dtype)
+    ):
         reasons.append(f"the loss was asked for in {options.dtype} from {input.dtype} logits")
     elif options.dtype is not None and options.dtype.itemsize < input.itemsize:
         reasons.append(f"rounding {input.dtype} logits to {options.dtype} first takes a copy")
@@ -62,7 +66,7 @@ def forward(
     fused = schedule == "fused"
     needs_stats = schedule == "recompute" or (fused and (options.return_stats or input.itemsize == 2))
     per_row = needs_stats or options.return_stats or options.reduction == "none"
-    shape = (input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]) if per_row else torch.Size()
+    shape = row_shape(input) if per_row else torch.Size()
     loss = torch.empty(shape if options.reduction == "none" else (), dtype=options.dtype or input.dtype)
     grad = (input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)) if fused else None
     stats = torch.empty((shape.numel(), _C.stats_size), dtype=torch.float64) if needs_stats else None
@@ -101,12 +105,12 @@ def backward(
     if grad is not None:
         expected = 1.0 if options.grad_scale is None else float(options.grad_scale)
         if upstream == expected:
-            return grad.clone() if keep else grad, None
+            return _scaled(grad, 1.0, keep) if keep else grad, None
         ratio = upstream / expected
         # One more rounding; or none, for a power of two and the exponents of bfloat16.
         exact = grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5)
         if input is None or grad.itemsize > 2 or exact:
-            return grad * ratio if keep else grad.mul_(ratio), None
+            return _scaled(grad, ratio, keep), None
     assert input is not None
     dx = input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)
     dt = torch.empty_like(target, memory_format=_CONTIGUOUS) if wants_target else None
@@ -129,6 +133,18 @@ def backward(
     return dx, dt
 
 
+def _scaled(grad: Tensor, ratio: float, keep: bool) -> Tensor:
+    threads = torch.get_num_threads()
+    forked = os.getpid() != _PID
+    if forked and threads > 1:
+        torch.set_num_threads(1)  # in a forked child torch's own operators wait for threads that are not there
+    try:
+        return grad * ratio if keep else grad.mul_(ratio)
+    finally:
+        if forked and threads > 1:
+            torch.set_num_threads(threads)
+
+
 def _extras(table: Tensor, shape: tuple[int, ...], input: Tensor) -> Extras:  # (rows, 4) float64
     """The C++ struct's fields lse, z_loss, entropy, argmax as tensors of their own."""
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -147,7 +163,9 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 def _in_acc(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     if tensor is None:
         return None
-    return tensor.detach().to(torch.float64 if input.dtype == torch.float64 else torch.float32).contiguous()
+    return (
+        tensor.detach().to(torch.float64 if input.dtype == torch.float64 else torch.float32).contiguous().resolve_neg()
+    )
 
 
 def _options(options: Options) -> tuple[Any, ...]:

@@ -143,8 +143,8 @@ def _run(
         loss, _, _, extras = chosen.forward(input, target, weight, options, "loss")
         return loss, extras
     if options.inplace:
-        _check_inplace(input)
-    outputs = CrossEntropy.apply(input, target, weight, options, chosen, _composite)  # type: ignore[no-untyped-call]
+        _check_inplace(input, target)
+    outputs = CrossEntropy.apply(input, target, weight, options, chosen, _again)  # type: ignore[no-untyped-call]
     return (outputs[0], Extras(*outputs[1:])) if options.return_stats else (outputs, None)
 
 
@@ -173,15 +173,19 @@ def _output(loss: Tensor, extras: Extras | None, input: Tensor, target: Tensor, 
         z_loss = z_loss.sum()
     if options.reduction == "mean":
         z_loss = z_loss / ((extras.argmax >= 0).sum() if options.num_items is None else options.num_items)
-    return CrossEntropyOutput(loss, extras.lse, z_loss, extras.argmax, extras.argmax == label, extras.entropy)
+    correct = (extras.argmax == label) & (extras.argmax >= 0)
+    return CrossEntropyOutput(loss, extras.lse, z_loss, extras.argmax, correct, extras.entropy)
 
 
-def _check_inplace(input: Tensor) -> None:
-    if input.is_leaf:
+def _check_inplace(input: Tensor, target: Tensor) -> None:
+    base = input._base if input._is_view() else input
+    if base is not None and base.is_leaf and base.requires_grad:
         raise RuntimeError(
             "inplace=True would overwrite a leaf tensor that requires grad, such as a parameter; "
             "expected logits computed by a model. Drop inplace."
         )
+    if target.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
+        raise RuntimeError("inplace=True would overwrite the target, which shares the logits' memory. Drop inplace.")
     if not input.is_contiguous():
         raise RuntimeError(
             f"inplace=True needs contiguous logits, got shape {tuple(input.shape)} with strides {input.stride()}. "
@@ -263,3 +267,11 @@ def _composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Op
         return plain, None
     # torch has judged the arguments; its value is not what was asked for.
     return reference.composite(input, target, weight, options)
+
+
+def _again(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Extras | None]:
+    """A call that the kernels took, for the derivatives of its gradient: ignored rows keep their zeros there too."""
+    if not target.is_floating_point():
+        ignored = target == options.ignore_index
+        input = torch.where(ignored.unsqueeze(1) if input.dim() > 1 else ignored, 0, input)
+    return _composite(input, target, weight, options)

@@ -9,40 +9,28 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .options import Options
+from .options import Extras, Options
+from .rows import Matrix, alignment, matrices, row_shape, rows
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INSTALLED = importlib.util.find_spec("triton") is not None
 CHUNK = 32768  # rows one program sums; more rows take a second launch
 SUMS = {"CHUNK": CHUNK, "BLOCK": 4096, "num_warps": 8}
 
 
-class Matrix(NamedTuple):
-    """A matrix and its strides, as one kernel argument."""
-
-    ptr: Tensor  # (N, C)
-    row: int
-    col: int
-
-
-class Rows(NamedTuple):
-    """One value a row, as one kernel argument; a step of 0 is one value for all rows."""
-
-    ptr: Tensor  # (N,) or ()
-    step: int
-
-
 class Out(NamedTuple):
-    """What `kernels.forward` writes; None: not asked for."""
+    """What `kernels.forward` writes, one value a row; None: not asked for."""
 
-    loss: Tensor  # (N,)
-    stats: Tensor | None  # (N, 2)
-    grad: Tensor | None  # (N, C)
+    loss: Tensor  # (N, d1..dk)
+    stats: Tensor | None  # (rows, 4)
+    extras: Extras | None
 
 
 class Tile(NamedTuple):
@@ -53,16 +41,18 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(C: int, dtype: torch.dtype, options: Options) -> Tile:
+def tile(C: int, side: int, heavy: bool) -> Tile:
     """Pick the tile: a short row whole (several of them if very short), a long one in pieces.
 
-    Sized by the registers the compiled kernels take (at most 128, next to no spills); not yet tuned on a GPU.
+    `side`: how many rows lie side by side in memory, 1 where it is the classes that do. Sized by the registers the
+    compiled kernels take (at most 128, next to no spills), fewer values to a thread if each is `heavy`; not yet tuned
+    on a GPU. The number of rows has no part in it, so that no row's bits depend on the others.
     """
-    heavy = dtype == torch.float64 or options.softcap is not None  # more registers for each value
     whole, piece, per_warp = (4096, 2048, 256) if heavy else (16384, 4096, 512)
-    block = _power_of_2(max(C, 2)) if whole >= C else piece
-    rows = max(1, 1024 // block)
-    return Tile(rows, block, min(16, max(4, rows * block // per_warp)))
+    side = min(32, _power_of_2(side))
+    block = _power_of_2(max(C, 2)) if side * C <= whole else piece // side
+    count = max(side, 1024 // block)
+    return Tile(count, block, min(16, max(4, count * block // per_warp)))
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
@@ -74,131 +64,152 @@ def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: O
         reasons.append("no CUDA device was found")
     elif input.device.type not in ("cpu", "cuda"):
         reasons.append(f"triton takes CUDA tensors, got {input.device.type}")
-    if not _is_installed():
+    if not INSTALLED:
         reasons.append("triton is not installed (pip install triton)")
-    if input.dtype not in FLOATS:
-        reasons.append(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
-    if target.dtype not in (torch.int64, torch.uint8):
-        reasons.append(f"target must hold class indices, int64 or uint8, got {target.dtype}")
-    if input.dim() not in (1, 2) or target.shape != input.shape[:-1]:
-        reasons.append(f"input must be (N, C) or (C,), got {tuple(input.shape)} and target {tuple(target.shape)}")
-    elif input.shape[-1] == 0:
-        reasons.append("input has no classes")
-    if weight is not None and (weight.dtype != input.dtype or weight.shape != input.shape[-1:]):
-        reasons.append(f"weight must be (C,) of {input.dtype}, got {tuple(weight.shape)} of {weight.dtype}")
     if any(t.device != input.device for t in (target, weight) if t is not None):
         reasons.append("input, target and weight must be on one device")
-    if options.dtype not in (None, input.dtype, _acc(input.dtype)):
-        reasons.append(f"a loss of {options.dtype} from an input of {input.dtype} is not supported")
-    for name in ("grad_scale", "inplace", "return_stats"):
-        if getattr(options, name):
-            reasons.append(f"{name} is not written for triton yet")
+    if input.dtype not in FLOATS:
+        reasons.append(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
+    elif options.dtype == torch.float64 and torch.float64 not in (input.dtype, target.dtype):
+        reasons.append(f"the loss was asked for in {options.dtype} from {input.dtype} logits")
+    elif options.dtype is not None and options.dtype.itemsize < input.itemsize:
+        reasons.append(f"rounding {input.dtype} logits to {options.dtype} first takes a copy")
+    if target.dtype not in (torch.int64, torch.uint8, *FLOATS):
+        reasons.append(f"target must hold class indices, int64 or uint8, or probabilities, got {target.dtype}")
+    if input.dim() == 0 or target.shape != (input.shape if target.is_floating_point() else row_shape(input)):
+        reasons.append(f"input must be (N, C, d1..dk) or (C), got {tuple(input.shape)}, target {tuple(target.shape)}")
+    elif _classes(input) == 0:
+        reasons.append("input has no classes")
+    elif weight is not None and (weight.dtype not in FLOATS or weight.shape != (_classes(input),)):
+        reasons.append(f"weight must be (C) and floating, got {tuple(weight.shape)} of {weight.dtype}")
     return reasons
 
 
 def forward(
-    input: Tensor,  # (N, C) or (C,)
-    target: Tensor,  # (N,) or ()
+    input: Tensor,  # (N, C, d1..dk) or (C)
+    target: Tensor,  # (N, d1..dk) or (), or probabilities of the input's shape
     weight: Tensor | None,  # (C,)
     options: Options,
     schedule: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-    """Loss, gradient (schedule "fused") and stats (all but "loss"); see the backend contract in `dispatch.py`."""
-    N, C = target.numel(), input.shape[-1]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Extras | None]:
+    """See `dispatch.py`. The stats are (rows, 4) float64; a float32 or float64 fused gradient needs none.
+
+    They are m, so, rest and the divisor of the mean, or y under probabilities; rest is a - q_y + 2 L' lse, where
+    L' = L D / count: backward need neither find the divisors nor know of the z-loss.
+    """
+    shape = row_shape(input)
     acc, dtype = _acc(input.dtype), options.dtype or input.dtype
-    none = options.reduction == "none"
-    loss = input.new_empty(target.shape if none else (N,), dtype=dtype if none else acc)
-    stats = None if schedule == "loss" else input.new_empty((N, 2), dtype=acc)
-    grad = input.new_empty(input.shape) if schedule == "fused" else None
-    norm = _norm(target, weight, options, C)
-    shape = tile(C, input.dtype, options)
-    if N:
+    none, fused = options.reduction == "none", schedule == "fused"
+    loss = input.new_empty(shape, dtype=dtype if none else acc)
+    needs_stats = schedule == "recompute" or (fused and (options.return_stats or input.itemsize == 2))
+    stats = input.new_empty((loss.numel(), 4), dtype=torch.float64) if needs_stats else None
+    extras = None
+    if options.return_stats:
+        lse, z_loss, entropy = (input.new_empty(shape, dtype=acc) for _ in range(3))
+        extras = Extras(lse, z_loss, input.new_empty(shape, dtype=torch.int64), entropy)
+    grad = (input if options.inplace else input.new_empty(input.shape)) if fused else None
+    norm = _norm(input, target, weight, options)
+    if loss.numel():
+        sizes, (logits, probs, dx) = matrices(input, target if target.is_floating_point() else None, grad)
+        meta = _meta(input, target, options, sizes, (logits, probs, dx))
         _launch(
             "forward",
-            (-(-N // shape.rows),),
-            *_problem(input, target, weight, norm),
-            Out(loss, stats, grad),
-            *_scalars(N, C, options),
-            **_flags(input, options),
-            ROWS=shape.rows,
-            BLOCK=shape.block,
-            MANY=shape.block < C,
-            num_warps=shape.warps,
+            (math.prod(sizes[:-1]) * -(-sizes[-1] // meta["ROWS"]),),
+            logits,
+            probs or rows(target),
+            _packed(weight),
+            norm,
+            _number(options.grad_scale, dtype, input.device),
+            Out(loss, stats, extras),
+            dx,
+            tuple(sizes[-2::-1]) or None,
+            sizes[-1],
+            *_scalars(input, options),
+            options.lse_square_scale,
+            **meta,
+            MANY=meta["BLOCK"] < _classes(input),
         )
-    return loss if none else _total(loss, norm, dtype), grad, stats, None
+    return loss if none else _total(loss.view(-1), norm, dtype), grad, stats, extras
 
 
 def backward(
-    grad_output: Tensor,  # () or the shape of target
-    g_lse: None,
-    input: Tensor | None,
+    grad_output: Tensor,  # () or (N, d1..dk)
+    g_lse: Tensor | None,  # (N, d1..dk)
+    input: Tensor | None,  # (N, C, d1..dk) or (C); None: changed since forward
     target: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | None,  # (C,)
     options: Options,
-    grad: Tensor | None,  # (N, C)
-    stats: Tensor | None,  # (N, 2)
+    grad: Tensor | None,  # the input's shape, made by forward for an upstream gradient of grad_scale
+    stats: Tensor | None,  # (rows, 4)
     keep: bool,
     wants_target: bool,
-) -> tuple[Tensor, None]:  # (N, C)
-    """The gradient of the input: recomputed, or the fused one made right for an upstream gradient that is not 1."""
-    if grad is not None and (input is None or grad.dtype in (torch.float32, torch.float64)):
-        return _rescale(grad, grad_output, keep), None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients: recomputed, or the fused one made right if the upstream gradient is not grad_scale."""
+    if grad is not None and (input is None or grad.itemsize > 2):
+        return _rescale(grad, grad_output, options, keep), None
     assert input is not None
     assert stats is not None
-    N, C = target.numel(), input.shape[-1]
-    unless_one = grad is not None and not keep
-    dx = grad if grad is not None and not keep else input.new_empty(input.shape)
-    shape = tile(C, input.dtype, options)
-    programs = min(-(-N // shape.rows), 2048)
-    if N:
+    spare = None if keep else grad
+    dx = spare if spare is not None else input if options.inplace else input.new_empty(input.shape)
+    dt = target.new_empty(target.shape) if wants_target else None
+    if len(stats):
+        probs = target if target.is_floating_point() else None
+        sizes, views = matrices(input, probs, dx, dt)
+        meta = _meta(input, target, options, sizes, views)
+        bundles = math.prod(sizes[:-1]) * -(-sizes[-1] // meta["ROWS"])
+        programs = min(bundles, 2048)
+        # In place, a row is one program's: another might overwrite x_y before it is read.
+        pieces = 1 if options.inplace else min(-(-_classes(input) // meta["BLOCK"]), 2048 // programs)
         _launch(
             "backward",
-            (programs, max(1, min(-(-C // shape.block), 2048 // programs))),
-            *_problem(input, target, weight, _norm(target, weight, options, C)),
-            Rows(grad_output, grad_output.stride(0) if grad_output.dim() else 0),
+            (programs, pieces),
+            views[0],
+            views[1] or rows(target),
+            _packed(weight),
+            None if probs is None else _norm(input, target, weight, options),
+            rows(grad_output),
+            None if g_lse is None else rows(g_lse),
+            _number(options.grad_scale, grad_output.dtype, input.device),
             stats,
-            dx,
-            *_scalars(N, C, options),
-            **_flags(input, options),
-            ROWS=shape.rows,
-            BLOCK=shape.block,
-            UNLESS_ONE=unless_one,
-            num_warps=shape.warps,
+            *views[2:],
+            tuple(sizes[-2::-1]) or None,
+            bundles,
+            sizes[-1],
+            *_scalars(input, options),
+            **meta,
+            UNLESS_EXPECTED=spare is not None,
         )
-    return dx, None
+    return dx, dt
 
 
-def _rescale(grad: Tensor, grad_output: Tensor, keep: bool) -> Tensor:
+def _rescale(grad: Tensor, grad_output: Tensor, options: Options, keep: bool) -> Tensor:
     out = torch.empty_like(grad) if keep else grad
-    n = grad.numel()
+    n, expected = grad.numel(), _number(options.grad_scale, grad_output.dtype, grad.device)
     if n:
         programs = min(-(-n // 4096), 2048)
-        _launch("rescale", (programs,), grad, grad_output, out, n, IN_PLACE=not keep, BLOCK=4096, num_warps=8)
+        meta = {"IN_PLACE": not keep, "BLOCK": 4096, "num_warps": 8}
+        _launch("rescale", (programs,), grad, grad_output, expected, out, n, **meta)
     return out
 
 
-def _norm(target: Tensor, weight: Tensor | None, options: Options, C: int) -> Tensor | None:
-    """(3,) float64: divisor of the cross entropy, divisor of the z-loss, sum of the weights. None: 1, 1, C."""
-    needs_weight_sum = weight is not None and options.label_smoothing > 0
-    mean = options.reduction == "mean"
-    if not mean and not needs_weight_sum:
+def _norm(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor | None:
+    """(2,) float64: divisor of the cross entropy, divisor of the z-loss. None: they are 1."""
+    if options.reduction != "mean":
         return None
-    if (mean and options.num_items is None) or needs_weight_sum:
-        N = target.numel()
-        parts = target.new_empty((_chunks(N), 3), dtype=torch.float64)
-        labels = Rows(target, target.stride(0) if target.dim() else 0)
-        _launch("prepare", (len(parts),), labels, _packed(weight), parts, N, C, options.ignore_index, **SUMS)
-        norm = parts[0] if len(parts) == 1 else _total(parts, None, torch.float64)
-    else:
-        norm = target.new_empty(3, dtype=torch.float64)
-    if not mean:
-        norm[:2] = 1.0
-    elif options.num_items is not None:
-        norm[:2] = options.num_items
+    given = options.num_items
+    if given is None and not target.is_floating_point():
+        labels, N = rows(target), target.numel()
+        parts = target.new_empty((_chunks(N), 2), dtype=torch.float64)
+        _launch(
+            "prepare", (len(parts),), labels, _packed(weight), parts, N, _classes(input), options.ignore_index, **SUMS
+        )
+        return parts[0] if len(parts) == 1 else _total(parts, None, torch.float64)
+    norm = input.new_empty(2, dtype=torch.float64)
+    norm[:] = row_shape(input).numel() if given is None else given
     return norm
 
 
-def _total(terms: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:  # (N,) -> (), (N, 3) -> (3,)
+def _total(terms: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:  # (N,) -> (), (N, 2) -> (2,)
     """Sum over the first dimension, divided by norm[0] if given; a long one in two steps."""
     columns = math.prod(terms.shape[1:])
     if len(terms) > CHUNK:
@@ -210,20 +221,47 @@ def _total(terms: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:  #
     return out
 
 
-def _problem(input: Tensor, target: Tensor, weight: Tensor | None, norm: Tensor | None) -> tuple[Any, ...]:
-    rows = input if input.dim() == 2 else input.unsqueeze(0)
-    labels = Rows(target, target.stride(0) if target.dim() else 0)
-    return Matrix(rows, rows.stride(0), rows.stride(1)), labels, _packed(weight), norm
+def _scalars(input: Tensor, options: Options) -> tuple[Any, ...]:
+    s = 1.0 if options.softcap is None else options.softcap
+    return _classes(input), options.ignore_index, _smoothing(options), options.logit_scale, s
 
 
-def _scalars(N: int, C: int, options: Options) -> tuple[Any, ...]:
-    k, s, L = options.logit_scale, options.softcap, options.lse_square_scale
-    return N, C, options.ignore_index, options.label_smoothing, k, 1.0 if s is None else s, L
+def _meta(
+    input: Tensor, target: Tensor, options: Options, sizes: list[int], views: Sequence[Matrix | None]
+) -> dict[str, Any]:
+    """The tile, and what else is settled when compiling."""
+    C, logits, probs = _classes(input), views[0], target.is_floating_point()
+    assert logits is not None
+    # Pixels lie side by side in the gradient at least; rows of classes that lie apart may.
+    pixels = row_shape(input)[1:].numel()
+    side = pixels if pixels > 1 else 1 if logits.col is None else 32
+    heavy = input.dtype == torch.float64 or options.softcap is not None or probs
+    count, block, warps = tile(C, side, heavy)
+    return {
+        "DENSE": probs or _smoothing(options) > 0,
+        "PROBS": probs,
+        "SOFTCAP": options.softcap is not None,
+        "INPLACE": options.inplace,
+        "ALIGN": alignment(C, sizes[-1], views),
+        "ROWS": count,
+        "BLOCK": block,
+        "num_warps": warps,
+    }
 
 
-def _flags(input: Tensor, options: Options) -> dict[str, int]:
-    align = math.gcd(input.shape[-1], input.stride(0) if input.dim() == 2 else 0, 16)
-    return {"SMOOTHING": options.label_smoothing > 0, "SOFTCAP": options.softcap is not None, "ALIGN": align}
+def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:  # ()
+    """Where a kernel can read it, rounded as an upstream gradient of that dtype is; filled in, because a copy waits."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return None if value is None else torch.full((), value, dtype=dtype, device=device)
+
+
+def _smoothing(options: Options) -> float:
+    return options.label_smoothing if options.label_smoothing > 0 else 0.0
+
+
+def _classes(input: Tensor) -> int:
+    return input.shape[1 if input.dim() > 1 else 0]
 
 
 def _launch(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -237,11 +275,6 @@ def _kernels() -> ModuleType:
     from . import kernels  # here, because triton is optional and slow to import
 
     return kernels
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _packed(weight: Tensor | None) -> Tensor | None:

@@ -1,7 +1,8 @@
 """The kernels of `gpu.py`: device functions, then kernels. See `reference.py` for the formula and the letters.
 
 A program owns a tile of ROWS rows and walks the classes BLOCK at a time; a value a row is `(R,)`, a tile `(R, B)`.
-Everything is computed in float32 (float64 for float64 logits) and rounded once, at the store.
+Everything is computed in float32 (float64 for float64 logits) and rounded once, at the store. A tensor with classes
+comes as `rows.Matrix`; its None fields, and other arguments that are None, are settled when compiling.
 """
 
 import triton
@@ -78,126 +79,189 @@ def transform_grad(x, k, s, SOFTCAP: tl.constexpr):
 
 # [3] row_lse
 @triton.jit
-def row_lse(z, is_y, m, so, EXACT: tl.constexpr):  # (R, B), (R, B), (R,), (R,)
-    """Fold one more tile into m and so."""
-    m_new = tl.maximum(m, tl.max(z, 1))
+def row_lse(z, q, start, C, sums, DENSE: tl.constexpr, PROBS: tl.constexpr, EXTRAS: tl.constexpr, EXACT: tl.constexpr):
+    """Fold one more tile into a row's sums; all but m and best are over the classes other than y."""
+    m, so, rest, below, heat, y, q_y, best = sums
+    cols = start + tl.arange(0, z.shape[1])
+    if PROBS or EXTRAS:
+        top, at = tl.max(z, 1, return_indices=True)
+        best = tl.where(top > m, start + at, best)
+    else:
+        top = tl.max(z, 1)
+    if PROBS:
+        # y moves on to the largest logit so far, and the one before joins the others: exp(m - m) is 1.
+        so, rest, y = tl.where(top > m, so + 1.0, so), tl.where(top > m, rest + q_y, rest), best
+    is_y = cols[None, :] == y[:, None]
+    m_new = tl.maximum(m, top)
     m_ref = finite(m_new)
-    others = tl.sum(tl.where(is_y, 0.0, exp(z - m_ref[:, None], EXACT)), 1)
-    return m_new, so * exp(m - m_ref, EXACT) + others
+    rise, shrink = m_ref - finite(m), exp(m - m_ref, EXACT)
+    drop = m_ref[:, None] - z
+    e_c = tl.where(is_y, 0.0, exp(-drop, EXACT))
+    if EXTRAS:
+        heat = (heat + so * rise) * shrink + tl.sum(tl.where(e_c == 0.0, 0.0, e_c * drop), 1)
+    if DENSE:
+        others = (cols < C)[None, :] & (cols[None, :] != y[:, None])
+        below += rest * rise + tl.sum(tl.where(others, q * drop, 0.0), 1)
+        rest += tl.sum(tl.where(others, q, 0.0), 1)
+        if PROBS:
+            q_y = tl.where(top > m, tl.sum(tl.where(is_y, q, 0.0), 1), q_y)
+    return m_new, so * shrink + tl.sum(e_c, 1), rest, below, heat, y, q_y, best
 
 
 # [4] row_loss
 @triton.jit
-def row_loss(z_y, m, so, w_y, W, gap, C, e, L, SMOOTHING: tl.constexpr):  # (R,) each
-    """Cross entropy and z-loss; W is the sum of w_c, gap that of w_c (m - z_c)."""
-    lse_m = log1p(so + (exp(z_y - m, True) - 1.0))
-    loss = w_y * (lse_m + (m - z_y))
-    if SMOOTHING:
-        loss = (1.0 - e) * loss + e / C * (W * lse_m + gap)
+def row_loss(z_y, m, lse_m, rest, below, q_y, L, DENSE: tl.constexpr):  # (R,) each
+    """Cross entropy and z-loss."""
+    loss = q_y * (lse_m + (m - z_y))
+    if DENSE:
+        loss += rest * lse_m + below
     lse = m + lse_m
     return loss, tl.where(L == 0.0, 0.0, L * lse * lse)  # lse^2 may overflow, and 0 * inf would be NaN
 
 
+@triton.jit
+def minus_m(z_y, m, so):  # (R,) each
+    """lse - m."""
+    return log1p(so + (exp(z_y - m, True) - 1.0))
+
+
 # [5] row_grad
 @triton.jit
-def row_grad(x, z, w, is_y, m, factors, k, s, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+def row_grad(x, z, q, is_y, m, factors, k, s, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     """dx of one tile, (R, B)."""
-    p_scale, q_scale, dz_y = factors
+    p_scale, scale, dz_y = factors
     dz = p_scale[:, None] * exp(z - finite(m)[:, None], EXACT)
-    if SMOOTHING:
-        dz -= q_scale[:, None] * w
+    if DENSE:
+        dz -= scale[:, None] * q
     return tl.where(is_y, dz_y[:, None], dz) * transform_grad(x, k, s, SOFTCAP)
 
 
 @triton.jit
-def grad_factors(z_y, m, so, w_y, W, C, e, L, scale, z_scale, SMOOTHING: tl.constexpr):  # (R,) each
-    """What `row_grad` multiplies exp(z - m) and w by, and dz_y; (z_)scale: upstream gradient of the cross entropy
-    (z-loss)."""
+def grad_factors(z_y, m, so, rest, q_y, scale, g_lse):  # (R,) each
+    """What `row_grad` multiplies exp(z - m) and q by, and dz_y; rest holds the z-loss's share too."""
     e_y = exp(z_y - m, True)
-    z_part = z_scale * 2.0 * L * (m + log1p(so + (e_y - 1.0)))
-    q_scale = scale * e / C
-    q_y, rest = scale * w_y, 0.0 * scale  # times scale; rest is a - q_y
-    if SMOOTHING:
-        q_y, rest = scale * (1.0 - e) * w_y + q_scale * w_y, q_scale * (W - w_y)
-    p_scale = (rest + q_y + z_part) / (so + e_y)
-    return p_scale, q_scale, (rest + z_part) * (e_y / (so + e_y)) - q_y * (so / (so + e_y))
+    others, total = scale * rest + g_lse, so + e_y
+    return (others + scale * q_y) / total, scale, others * (e_y / total) - scale * q_y * (so / total)
 
 
 @triton.jit
-def load_labels(logits, target, weight, rows, N, C, ignore_index, k, s, SOFTCAP: tl.constexpr):
-    """Which rows count, and their y, z_y and w_y. A class that does not exist is never read: its z_y is NaN."""
-    ACC: tl.constexpr = accumulator(logits.ptr.dtype)
-    y = tl.load(target.ptr + rows * target.step, mask=rows < N, other=0).to(tl.int64)
-    live = (rows < N) & (y != ignore_index)
-    known = live & (y >= 0) & (y < C)
-    y = tl.where(known, y, 0)
-    x_y = tl.load(logits.ptr + rows * logits.row + y * logits.col, mask=known, other=float("nan")).to(ACC)
-    if weight is None:
-        w_y = tl.full(rows.shape, 1.0, ACC)
+def target_grad(z, weight, cols, m, lse_m, scale, C):
+    """dt of one tile, (R, B)."""
+    dt = scale[:, None] * (lse_m[:, None] + (m[:, None] - z))
+    if weight is not None:
+        dt *= tl.load(weight + cols, mask=cols < C, other=0.0).to(z.dtype)[None, :]
+    return dt
+
+
+@triton.jit
+def step(i, stride, ALIGN: tl.constexpr):
+    if stride is None:
+        at = i
     else:
-        w_y = tl.load(weight + y, mask=known, other=1.0).to(ACC)
-    return live, y, transform(x_y, k, s, SOFTCAP), w_y
+        at = i.to(tl.int64) * (stride // ALIGN * ALIGN)
+    return at
 
 
 @triton.jit
-def load_tile(logits, weight, rows, live, cols, C, k, s, SOFTCAP: tl.constexpr, ALIGN: tl.constexpr):
-    """x and z, (R, B), and w, (1, B)."""
+def locate(matrix, sizes, o, i, ALIGN: tl.constexpr):
+    """Offsets of rows, (R,): o counts through the outer dimensions, i stands in the inner one."""
+    at = step(i, matrix.inner, ALIGN)
+    if matrix.outer is not None:
+        for d in tl.static_range(len(sizes)):
+            at += step(o % sizes[d], matrix.outer[d], ALIGN)
+            o //= sizes[d]
+    return at
+
+
+@triton.jit
+def load_target(target, rows, there, C, ignore_index):
+    """Which rows count, and their y; -1 for a class that does not exist."""
+    y = tl.load(target.ptr + rows * target.step, mask=there, other=0).to(tl.int64)
+    return there & (y != ignore_index), tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
+
+
+@triton.jit
+def load_rows(p, target, inner, C, ignore_index, PROBS: tl.constexpr, ROWS: tl.constexpr):
+    """Bundle p of ROWS rows: see `locate`, which exist, their number, which count, and y; probabilities name none."""
+    bundles = tl.cdiv(inner, ROWS)
+    o, i = (p // bundles).to(tl.int64), (p % bundles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there, rows = i < inner, o * inner + i
+    if PROBS:
+        live, y = there, tl.full((ROWS,), -1, tl.int32)
+    else:
+        live, y = load_target(target, rows, there, C, ignore_index)
+    return o, i, there, rows, live, y
+
+
+@triton.jit
+def load_y(tensors, y, z_y, scalars, SOFTCAP: tl.constexpr):
+    """z_y, unless it is known, and q_y. Class -1 is never read: its z_y is NaN."""
+    logits, x_at, target, t_at, weight, read = tensors
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
-    there = live[:, None] & (cols < C)[None, :]
-    at = rows[:, None] * (logits.row // ALIGN * ALIGN) + cols[None, :].to(tl.int64) * logits.col
-    x = tl.load(logits.ptr + at, mask=there, other=0.0).to(ACC)
+    C, e, k, s = scalars
+    known = read & (y >= 0)
+    if t_at is not None:
+        t_y = tl.load(target.ptr + t_at + step(y, target.col, 1), mask=known, other=0.0).to(ACC)
+    else:
+        t_y = tl.full(y.shape, 1.0, ACC)
+        x_y = tl.load(logits.ptr + x_at + step(y, logits.col, 1), mask=known, other=float("nan")).to(ACC)
+        z_y = transform(x_y, k, s, SOFTCAP)
+    q_y = (1.0 - e) * t_y + e / C
+    if weight is not None:
+        q_y *= tl.load(weight + y, mask=known, other=1.0).to(ACC)
+    return z_y, q_y
+
+
+@triton.jit
+def load_tile(tensors, cols, scalars, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, ALIGN: tl.constexpr):
+    """x, z and q of one tile, (R, B); q without the share of a class index, and nothing yet where there is no class."""
+    logits, x_at, target, t_at, weight, read = tensors
+    ACC: tl.constexpr = accumulator(logits.ptr.dtype)
+    C, e, k, s = scalars
+    there = read[:, None] & (cols < C)[None, :]
+    x = tl.load(logits.ptr + x_at[:, None] + step(cols, logits.col, ALIGN)[None, :], mask=there, other=0.0).to(ACC)
     # Only now: a lane filled with -inf before the softcap would become -s and be summed.
     z = tl.where(there, transform(x, k, s, SOFTCAP), float("-inf"))
-    if weight is None:
-        w = tl.where(cols < C, tl.full(cols.shape, 1.0, ACC), 0.0)
-    else:
-        w = tl.load(weight + cols, mask=cols < C, other=0.0).to(ACC)
-    return x, z, w[None, :]
+    q = tl.zeros((1, 1), ACC)
+    if t_at is not None:
+        q = tl.load(target.ptr + t_at[:, None] + step(cols, target.col, ALIGN)[None, :], mask=there, other=0.0).to(ACC)
+    if DENSE:
+        q = (1.0 - e) * q + e / C
+        if weight is not None:
+            q *= tl.load(weight + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
+    return x, z, q
 
 
 @triton.jit
-def store_tile(grad, dx, rows, live, cols, N, C):
-    there = (rows < N)[:, None] & (cols < C)[None, :]
-    dx = tl.where(live[:, None], dx, 0.0)  # an ignored row may hold NaN
-    tl.store(grad + rows[:, None] * C + cols[None, :], dx.to(grad.dtype.element_ty), mask=there, cache_modifier=".cs")
+def store_tile(matrix, at, values, there, cols, C, ALIGN: tl.constexpr):
+    at = at[:, None] + step(cols, matrix.col, ALIGN)[None, :]
+    there = there[:, None] & (cols < C)[None, :]
+    if matrix.ptr.dtype.element_ty != tl.float64:
+        values = values.to(tl.float32)  # float64 has no way of its own to 16 bits
+    tl.store(matrix.ptr + at, values.to(matrix.ptr.dtype.element_ty), mask=there, cache_modifier=".cs")
 
 
 @triton.jit
-def fold(z, w, cols, y, C, m, so, seen, gap, SMOOTHING: tl.constexpr, EXACT: tl.constexpr):
-    m_new, so = row_lse(z, cols[None, :] == y[:, None], m, so, EXACT)
-    if SMOOTHING:
-        terms = tl.where((cols < C)[None, :], w * (finite(m_new)[:, None] - z), 0.0)
-        gap += seen * (finite(m_new) - finite(m)) + tl.sum(terms, 1)
-        seen += tl.sum(w, 1)
-    return m_new, so, seen, gap
-
-
-@triton.jit
-def divisor(norm, i, ACC: tl.constexpr):
-    if norm is None:
+def load_scalar(numbers, i, ACC: tl.constexpr):
+    """numbers[i], or 1."""
+    if numbers is None:
         value = tl.full((), 1.0, ACC)
     else:
-        value = tl.load(norm + i).to(ACC)
+        value = tl.load(numbers + i).to(ACC)
     return value
 
 
-@triton.jit
-def weight_sum(weight, norm, C, SMOOTHING: tl.constexpr, ACC: tl.constexpr):
-    if weight is None or not SMOOTHING:
-        value = tl.full((), C, ACC)
-    else:
-        value = tl.load(norm + 2).to(ACC)
-    return value
-
-
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit(do_not_specialize=["inner", "ignore_index"])
 def forward(
-    logits,  # ptr, row and col strides: (N, C)
-    target,  # ptr, step: (N,)
+    logits,  # Matrix (N, C, d1..dk)
+    target,  # Rows of class indices, or Matrix of probabilities
     weight,  # (C,) or None
-    norm,  # (3,), see `prepare`; None: no division
-    out,  # loss (N,), stats (N, 2) or None, grad (N, C) or None
-    N,
+    norm,  # (2,), see `prepare`; None: no division
+    expected,  # (), the upstream gradient that grad is for; None: 1
+    out,  # loss, stats and extras, by the number of the row
+    grad,  # Matrix or None; may be the logits
+    sizes,  # of the outer row dimensions, or None
+    inner,
     C,
     ignore_index,
     # Annotated: a bare float arrives as float32, and float64 logits would be smoothed by 0.10000000149.
@@ -205,117 +269,161 @@ def forward(
     k: tl.float64,
     s: tl.float64,
     L: tl.float64,
-    SMOOTHING: tl.constexpr,
+    DENSE: tl.constexpr,  # whether q is more than the class of an index
+    PROBS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ALIGN: tl.constexpr,  # divides C and the row stride: says how wide a load may be
+    INPLACE: tl.constexpr,
+    ALIGN: tl.constexpr,  # see `rows.alignment`
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     MANY: tl.constexpr,  # whether C > BLOCK
 ):
-    """Loss, stats and gradient of ROWS rows. The tile read last is still in registers when its gradient is due."""
+    """Everything of ROWS rows. The tile read last is still in registers when its gradient is due."""
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
     EXACT: tl.constexpr = logits.ptr.dtype.element_ty == tl.float32
-    C = C // ALIGN * ALIGN
+    C = C // ALIGN * ALIGN if logits.col is None else C
+    inner = inner // ALIGN * ALIGN if logits.inner is None else inner
     e, k, s, L = tl.full((), e, ACC), tl.full((), k, ACC), tl.full((), s, ACC), tl.full((), L, ACC)
-    D, count, W = divisor(norm, 0, ACC), divisor(norm, 1, ACC), weight_sum(weight, norm, C, SMOOTHING, ACC)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live, y, z_y, w_y = load_labels(logits, target, weight, rows, N, C, ignore_index, k, s, SOFTCAP)
+    scalars = C, e, k, s
+    D, count = load_scalar(norm, 0, ACC), load_scalar(norm, 1, ACC)
+    o, i, there, rows, live, y = load_rows(tl.program_id(0), target, inner, C, ignore_index, PROBS, ROWS)
+    x_at, t_at = locate(logits, sizes, o, i, ALIGN), locate(target, sizes, o, i, ALIGN) if PROBS else None
+    # Ignored rows are not read, unless rows lie side by side: a mask with gaps would part a wide load.
+    read, zero = there if logits.inner is None else live, tl.zeros((ROWS,), ACC)
+    tensors = logits, x_at, target, t_at, weight, read
+    z_y, q_y = zero, zero
+    if not PROBS:
+        z_y, q_y = load_y(tensors, y, zero, scalars, SOFTCAP)
 
-    m, so = tl.full((ROWS,), float("-inf"), ACC), tl.zeros((ROWS,), ACC)
-    seen, gap = tl.zeros((1,), ACC), tl.zeros((ROWS,), ACC)  # sums of w_c and of w_c (m - z_c), so far
+    sums = zero + float("-inf"), zero, zero, zero, zero, y, q_y, tl.full((ROWS,), -1, tl.int32)
     last = (C - 1) // BLOCK * BLOCK if MANY else 0
     for start in range(0, last, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x, z, w = load_tile(logits, weight, rows, live, cols, C, k, s, SOFTCAP, ALIGN)
-        m, so, seen, gap = fold(z, w, cols, y, C, m, so, seen, gap, SMOOTHING, EXACT)
+        x, z, q = load_tile(tensors, cols, scalars, DENSE, SOFTCAP, ALIGN)
+        sums = row_lse(z, q, start, C, sums, DENSE, PROBS, out.extras is not None, EXACT)
     cols = last + tl.arange(0, BLOCK)
-    x, z, w = load_tile(logits, weight, rows, live, cols, C, k, s, SOFTCAP, ALIGN)
-    m, so, seen, gap = fold(z, w, cols, y, C, m, so, seen, gap, SMOOTHING, EXACT)
+    x, z, q = load_tile(tensors, cols, scalars, DENSE, SOFTCAP, ALIGN)
+    sums = row_lse(z, q, last, C, sums, DENSE, PROBS, out.extras is not None, EXACT)
+    m, so, rest, below, heat, y, q_y, best = sums
+    if PROBS:
+        z_y = m
 
-    loss, z_loss = row_loss(z_y, m, so, w_y, W, gap, C, e, L, SMOOTHING)
+    lse_m = minus_m(z_y, m, so)
+    loss, z_loss = row_loss(z_y, m, lse_m, rest, below, q_y, L, DENSE)
+    rest += 2.0 * L * (D / count) * (m + lse_m)
     loss += z_loss * (D / count)  # `total` divides both by D
-    tl.store(out.loss + rows, tl.where(live, loss, 0.0).to(out.loss.dtype.element_ty), mask=rows < N)
+    tl.store(out.loss + rows, tl.where(live, loss, 0.0).to(out.loss.dtype.element_ty), mask=there)
     if out.stats is not None:
-        tl.store(out.stats + rows * 2, m, mask=rows < N)
-        tl.store(out.stats + rows * 2 + 1, so, mask=rows < N)
-    if out.grad is not None:
-        scale, z_scale = tl.full((ROWS,), 1.0 / D, ACC), tl.full((ROWS,), 1.0 / count, ACC)
-        factors = grad_factors(z_y, m, so, w_y, W, C, e, L, scale, z_scale, SMOOTHING)
-        dx = row_grad(x, z, w, cols[None, :] == y[:, None], m, factors, k, s, SMOOTHING, SOFTCAP, EXACT)
-        store_tile(out.grad, dx, rows, live, cols, N, C)
+        tl.store(out.stats + rows * 4, m.to(tl.float64), mask=there)
+        tl.store(out.stats + rows * 4 + 1, so.to(tl.float64), mask=there)
+        tl.store(out.stats + rows * 4 + 2, rest.to(tl.float64), mask=there)
+        tl.store(out.stats + rows * 4 + 3, (y if PROBS else zero + D).to(tl.float64), mask=there)
+    if out.extras is not None:
+        e_y = exp(z_y - m, True)
+        entropy = lse_m + (heat + tl.where(e_y == 0.0, 0.0, e_y * (m - z_y))) / (so + e_y)
+        tl.store(out.extras.lse + rows, tl.where(live, m + lse_m, 0.0), mask=there)
+        tl.store(out.extras.z_loss + rows, tl.where(live, z_loss, 0.0), mask=there)
+        tl.store(out.extras.argmax + rows, tl.where(live, tl.maximum(best, 0), -1).to(tl.int64), mask=there)
+        tl.store(out.extras.entropy + rows, tl.where(live, entropy, 0.0), mask=there)
+    if grad is not None:
+        if INPLACE:
+            tl.debug_barrier()  # no warp may still be reading these rows
+        at = locate(grad, sizes, o, i, ALIGN)
+        factors = grad_factors(z_y, m, so, rest, q_y, zero + load_scalar(expected, 0, ACC) / D, zero)
+        dx = row_grad(x, z, q, cols[None, :] == y[:, None], m, factors, k, s, DENSE, SOFTCAP, EXACT)
+        store_tile(grad, at, tl.where(live[:, None], dx, 0.0), there, cols, C, ALIGN)  # an ignored row may hold NaN
         for done in range(0, last, BLOCK):  # backwards, because the tiles read last are the ones still in the cache
             cols = last - BLOCK - done + tl.arange(0, BLOCK)
-            x, z, w = load_tile(logits, weight, rows, live, cols, C, k, s, SOFTCAP, ALIGN)
-            dx = row_grad(x, z, w, cols[None, :] == y[:, None], m, factors, k, s, SMOOTHING, SOFTCAP, EXACT)
-            store_tile(out.grad, dx, rows, live, cols, N, C)
+            x, z, q = load_tile(tensors, cols, scalars, DENSE, SOFTCAP, ALIGN)
+            dx = row_grad(x, z, q, cols[None, :] == y[:, None], m, factors, k, s, DENSE, SOFTCAP, EXACT)
+            store_tile(grad, at, tl.where(live[:, None], dx, 0.0), there, cols, C, ALIGN)
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit(do_not_specialize=["bundles", "inner", "ignore_index"])
 def backward(
-    logits,  # ptr, row and col strides: (N, C)
-    target,  # ptr, step: (N,)
+    logits,  # Matrix (N, C, d1..dk)
+    target,  # Rows of class indices, or Matrix of probabilities
     weight,  # (C,) or None
-    norm,  # (3,) or None
-    upstream,  # ptr, step: (N,); a step of 0 is one value for all rows
-    stats,  # (N, 2)
-    grad,  # (N, C)
-    N,
+    norm,  # (2,); None: divisors are in the stats, or there are none
+    upstream,  # Rows, of the loss
+    g_lse,  # Rows, of lse, or None
+    expected,  # (), grad is right already for this upstream gradient; None: 1
+    stats,  # (N, 4)
+    grad,  # Matrix; may be the logits
+    d_target,  # Matrix or None
+    sizes,  # of the outer row dimensions, or None
+    bundles,
+    inner,
     C,
     ignore_index,
     e: tl.float64,
     k: tl.float64,
     s: tl.float64,
-    L: tl.float64,
-    SMOOTHING: tl.constexpr,
+    DENSE: tl.constexpr,
+    PROBS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    INPLACE: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNLESS_ONE: tl.constexpr,  # grad is right already if the upstream gradient is 1
+    UNLESS_EXPECTED: tl.constexpr,
 ):
-    """The gradient, from logits and stats. A program takes many rows: leaving early must not cost N launches of one."""
-    if UNLESS_ONE:
-        if tl.load(upstream.ptr) == 1.0:
-            return
+    """The gradients, from logits and stats. A program takes many rows: leaving early must not cost N launches."""
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
+    if UNLESS_EXPECTED:
+        if tl.load(upstream.ptr).to(tl.float64) == load_scalar(expected, 0, tl.float64):
+            return
     EXACT: tl.constexpr = logits.ptr.dtype.element_ty == tl.float32
-    C = C // ALIGN * ALIGN
-    e, k, s, L = tl.full((), e, ACC), tl.full((), k, ACC), tl.full((), s, ACC), tl.full((), L, ACC)
-    D, count, W = divisor(norm, 0, ACC), divisor(norm, 1, ACC), weight_sum(weight, norm, C, SMOOTHING, ACC)
-    for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
-        rows = tl.full((), first, tl.int64) + tl.arange(0, ROWS)
-        live, y, z_y, w_y = load_labels(logits, target, weight, rows, N, C, ignore_index, k, s, SOFTCAP)
-        m = tl.load(stats + rows * 2, mask=live, other=0.0)
-        so = tl.load(stats + rows * 2 + 1, mask=live, other=0.0)
-        g = tl.load(upstream.ptr + rows * upstream.step, mask=live, other=0.0).to(ACC)
-        factors = grad_factors(z_y, m, so, w_y, W, C, e, L, g / D, g / count, SMOOTHING)
+    C = C // ALIGN * ALIGN if logits.col is None else C
+    inner = inner // ALIGN * ALIGN if logits.inner is None else inner
+    e, k, s = tl.full((), e, ACC), tl.full((), k, ACC), tl.full((), s, ACC)
+    scalars = C, e, k, s
+    D = load_scalar(norm, 0, ACC)
+    for p in range(tl.program_id(0), bundles, tl.num_programs(0)):
+        o, i, there, rows, live, y = load_rows(p, target, inner, C, ignore_index, PROBS, ROWS)
+        x_at, t_at = locate(logits, sizes, o, i, ALIGN), locate(target, sizes, o, i, ALIGN) if PROBS else None
+        read, at = there if logits.inner is None else live, locate(grad, sizes, o, i, ALIGN)
+        tensors = logits, x_at, target, t_at, weight, read
+        m = tl.load(stats + rows * 4, mask=there, other=0.0).to(ACC)
+        so = tl.load(stats + rows * 4 + 1, mask=there, other=0.0).to(ACC)
+        rest = tl.load(stats + rows * 4 + 2, mask=there, other=0.0).to(ACC)
+        y_or_D = tl.load(stats + rows * 4 + 3, mask=there, other=1.0)
+        g = tl.load(upstream.ptr + rows * upstream.step, mask=there, other=0.0).to(ACC)
+        of_lse = tl.zeros((ROWS,), ACC)
+        if g_lse is not None:
+            of_lse = tl.load(g_lse.ptr + rows * g_lse.step, mask=there, other=0.0).to(ACC)
+        if PROBS:
+            y, scale = y_or_D.to(tl.int32), g / D
+        else:
+            scale = g / y_or_D.to(ACC)
+        z_y, q_y = load_y(tensors, y, m, scalars, SOFTCAP)
+        factors = grad_factors(z_y, m, so, rest, q_y, scale, of_lse)
+        if INPLACE:
+            tl.debug_barrier()
         for start in range(tl.program_id(1) * BLOCK, C, tl.num_programs(1) * BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x, z, w = load_tile(logits, weight, rows, live, cols, C, k, s, SOFTCAP, ALIGN)
-            dx = row_grad(x, z, w, cols[None, :] == y[:, None], m, factors, k, s, SMOOTHING, SOFTCAP, EXACT)
-            store_tile(grad, dx, rows, live, cols, N, C)
+            x, z, q = load_tile(tensors, cols, scalars, DENSE, SOFTCAP, ALIGN)
+            dx = row_grad(x, z, q, cols[None, :] == y[:, None], m, factors, k, s, DENSE, SOFTCAP, EXACT)
+            store_tile(grad, at, tl.where(live[:, None], dx, 0.0), there, cols, C, ALIGN)
+            if d_target is not None:
+                dt = target_grad(z, weight, cols, m, minus_m(z_y, m, so), (1.0 - e) * scale, C)
+                store_tile(d_target, locate(d_target, sizes, o, i, ALIGN), dt, there, cols, C, ALIGN)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def prepare(target, weight, parts, N, C, ignore_index, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """CHUNK rows' share of (3,): the sum of w_y over rows that count, their number, the sum of the class weights."""
+    """CHUNK rows' share of (2,): the sum of w_y over the rows that count, and their number."""
     first = tl.program_id(0).to(tl.int64) * CHUNK
-    D, count, W = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    D, count = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for start in range(0, tl.minimum(CHUNK, N - first), BLOCK):
         rows = first + start + tl.arange(0, BLOCK)
-        y = tl.load(target.ptr + rows * target.step, mask=rows < N, other=0).to(tl.int64)
-        live = (rows < N) & (y != ignore_index)
+        live, y = load_target(target, rows, rows < N, C, ignore_index)
         count += tl.where(live, 1.0, 0.0)
         if weight is not None:
-            D += tl.load(weight + y, mask=live & (y >= 0) & (y < C), other=0.0).to(tl.float64)
-    if weight is not None and tl.program_id(0) == 0:
-        for col in range(0, C, BLOCK):
-            cols = col + tl.arange(0, BLOCK)
-            W += tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float64)
-    parts += tl.program_id(0) * 3
+            D += tl.load(weight + y, mask=live & (y >= 0), other=0.0).to(tl.float64)
+    parts += tl.program_id(0) * 2
     tl.store(parts, tl.sum(count if weight is None else D, 0))
     tl.store(parts + 1, tl.sum(count, 0))
-    tl.store(parts + 2, tl.sum(W, 0))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -335,9 +443,9 @@ def total(terms, norm, out, N, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rescale(grad, upstream, out, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """out = grad * upstream, both (n,); in place, an upstream gradient of 1 costs one read of it."""
-    g = tl.load(upstream)
+def rescale(grad, upstream, expected, out, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """out = grad * upstream / expected, both (n,); in place, the expected gradient costs one read of it."""
+    g = tl.load(upstream).to(tl.float64) / load_scalar(expected, 0, tl.float64)
     if IN_PLACE:
         if g == 1.0:
             return

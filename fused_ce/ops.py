@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .options import Extras, Options
+from .rows import row_shape
 
 _CALL = "Tensor input, Tensor target, Tensor? weight"
 # The fields of Options but the last three, which a graph has no use for, and the backend's name.
@@ -76,7 +77,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *fields, _, wants_stats, wants_extras = rest
     options = Options(*fields)
-    shape = reference.row_shape(input)
+    shape = row_shape(input)
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss = input.new_empty(shape if options.reduction == "none" else (), dtype=options.dtype)
     stats = input.new_empty((shape.numel(), 4), dtype=torch.float64) if wants_stats else None

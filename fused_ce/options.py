@@ -52,12 +52,19 @@ def check_extras(options: Options) -> None:
 
     Raises:
         ValueError: a keyword is outside its range; the message says what was expected and what came.
+        TypeError: a number was expected and a tensor came.
     """
-    if not math.isfinite(options.logit_scale):
+    for name in ("logit_scale", "softcap", "lse_square_scale"):
+        if isinstance(getattr(options, name), Tensor):
+            raise TypeError(
+                f"{name} must be a number, got a tensor, which would get no gradient; apply it to the logits"
+            )
+    # Comparisons, not math.isfinite: torch.compile makes a number that changes symbolic.
+    if not -math.inf < options.logit_scale < math.inf:
         raise ValueError(f"logit_scale must be a finite number, got {options.logit_scale}")
     if options.softcap is not None and not (0.0 < options.softcap < math.inf):
         raise ValueError(f"softcap must be a positive finite number or None (no softcap), got {options.softcap}")
-    if not math.isfinite(options.lse_square_scale):
+    if not -math.inf < options.lse_square_scale < math.inf:
         raise ValueError(f"lse_square_scale must be a finite number, got {options.lse_square_scale}")
     if options.num_items is not None and options.reduction != "mean":
         raise ValueError(
@@ -69,5 +76,5 @@ def check_extras(options: Options) -> None:
         if isinstance(value, Tensor):
             if value.dim() != 0:
                 raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
-        elif value is not None and not (value > 0 and math.isfinite(value)):
+        elif value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive finite number, got {value}")

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from .options import Extras, Options
+from .rows import row_shape
 
 
 class Lse(NamedTuple):
@@ -270,11 +271,6 @@ def check_target(target: Tensor, C: int, ignore_index: int) -> None:
     bad = ((target < 0) | (target >= C)) & (target != ignore_index)
     if bad.any():
         raise IndexError(f"Target {int(target[bad].flatten()[0])} is out of bounds.")
-
-
-def row_shape(input: Tensor) -> torch.Size:
-    """Shape of one value a row: the input's without its class dimension."""
-    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
 
 
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:  # (R, C) -> the tensor's shape and dtype, contiguous
