@@ -89,7 +89,7 @@ template <class F> struct Bundle {
   void row_lse() {
     m = z[0];
     for (int64_t c = 1; c < C; c++) {
-      const auto larger = z[c] > m;
+      const auto larger = (z[c] > m) | ((z[c] != z[c]) & (m == m));  // a NaN counts as largest, as in torch
       m = larger ? z[c] : m;
       argmax = larger ? I{} + Index(c) : argmax;
     }

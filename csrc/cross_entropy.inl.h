@@ -86,15 +86,18 @@ struct Sums {
   double below;  // sum of q_c (m - z_c), spread part
 };
 
-// The largest logit, which is left out of the sum when no target is named.
+// The largest logit, which is left out of the sum when no target is named; a NaN counts as largest, as in torch.
 template <class F> int64_t largest(const typename F::T* x, int64_t C, const Options& o) {
   TYPES(F);
-  A best = -__builtin_inff();
+  A best = -A(__builtin_inff());
   int64_t y = 0;
   each<F>(x, 0, C, o, best, [&](V, V z, int64_t c, int n) LAMBDA {
-    if (!(lane_max<A>(z) > best)) return;
+    const I above = (z > best) | (z != z);
+    bool some = false;
+    for (int i = 0; i < F::lanes; i++) some |= above[i] != 0;
+    if (!some || best != best) return;
     for (int i = 0; i < n; i++)
-      if (z[i] > best) best = z[i], y = c + i;
+      if (z[i] > best || (z[i] != z[i] && best == best)) best = z[i], y = c + i;
   });
   return y;
 }

@@ -88,8 +88,10 @@ class CrossEntropy(torch.autograd.Function):
                 keep,
                 ctx.needs_input_grad[1],
             )
-            if ctx.options.inplace and grad is None:
-                torch.autograd.graph.increment_version(ctx.input)
+            if ctx.options.inplace:
+                dx = dx.detach()  # it is, or shares the memory of, the logits with their graph
+                if grad is None:
+                    torch.autograd.graph.increment_version(ctx.input)
         if not keep:
             ctx.input = None
         return dx, dt, None, None, None, None

@@ -40,8 +40,8 @@ def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: O
         reasons.append(f"the tensors are on {input.device}, not all on the cpu")
     if input.dtype not in _LOGITS:
         reasons.append(f"the input is {input.dtype}, not float32, float64, bfloat16 or float16")
-    elif options.dtype not in (None, input.dtype, torch.float32, torch.float64) or (
-        options.dtype == torch.float64 and torch.float64 not in (input.dtype, target.dtype)
+    elif options.dtype not in (None, input.dtype, torch.float32) and not (
+        options.dtype == torch.float64 and torch.float64 in (input.dtype, target.dtype)
     ):
         reasons.append(f"the loss was asked for in {options.dtype} from {input.dtype} logits")
     elif options.dtype is not None and options.dtype.itemsize < input.itemsize:
@@ -77,7 +77,7 @@ def forward(
         _view(target),
         _pointer(weight),
         *_options(options),
-        1.0 if options.grad_scale is None else float(options.grad_scale),
+        _expected(options, loss.dtype),
         loss.data_ptr(),
         _DTYPES[loss.dtype],
         None if grad is None else _view(grad),
@@ -103,7 +103,7 @@ def backward(
     one_for_all = grad_output.dim() == 0
     upstream = grad_output.item() if one_for_all else 1.0
     if grad is not None:
-        expected = 1.0 if options.grad_scale is None else float(options.grad_scale)
+        expected = _expected(options, grad_output.dtype)
         if upstream == expected:
             return _scaled(grad, 1.0, keep) if keep else grad, None
         ratio = upstream / expected
@@ -131,6 +131,13 @@ def backward(
         torch.get_num_threads(),
     )
     return dx, dt
+
+
+def _expected(options: Options, dtype: torch.dtype) -> float:
+    """The upstream gradient to expect, rounded as it will arrive: in the loss's dtype."""
+    if options.grad_scale is None:
+        return 1.0
+    return torch.as_tensor(options.grad_scale, dtype=torch.float64).to(dtype).item()
 
 
 def _scaled(grad: Tensor, ratio: float, keep: bool) -> Tensor:

@@ -8,7 +8,8 @@ tangents without a word.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest: A
     shape = row_shape(input)
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss = input.new_empty(shape if options.reduction == "none" else (), dtype=options.dtype)
-    stats = input.new_empty((shape.numel(), 4), dtype=torch.float64) if wants_stats else None
+    stats = input.new_empty((math.prod(shape), 4), dtype=torch.float64) if wants_stats else None
     extras = [input.new_empty(0) for _ in Extras._fields]
     if wants_extras:
         lse, z_loss, entropy = (input.new_empty(shape, dtype=acc) for _ in range(3))
@@ -117,3 +118,13 @@ for _name, _kernel, _fake in (("forward", _forward, _forward_fake), ("backward",
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ce::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("fused_ce::forward", _derivative, setup_context=_save, lib=_LIBRARY)
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "expected one derivative of a compiled or exported fused_ce.cross_entropy, got a second one: "
+        "call it outside torch.compile for double backward"
+    )
+
+
+torch.library.register_autograd("fused_ce::backward", _refuse, lib=_LIBRARY)

@@ -154,6 +154,18 @@ for _name, _keywords in KEYWORDS.items():
     add(f"{_name}, 3-D", lambda k=_keywords: (x(3, 5, 1), IGNORED[:, None], k()))
     add(f"{_name}, probabilities", lambda k=_keywords: (x(3, 5), p(3, 5), k()))
 
+for _dtype in (torch.int64, torch.bool, f32, bf16):  # with probabilities torch takes weights of any dtype
+    add(f"weight {_dtype}, probabilities", lambda d=_dtype: (x(3, 5), p(3, 5), {"weight": w(5, d)}))
+    add(f"weight {_dtype}", lambda d=_dtype: (x(3, 5), y(3), {"weight": w(5, d)}))
+for _dtype, _other in ((f32, f64), (bf16, f16), (f16, bf16), (bf16, bf16)):
+    add(f"input {_dtype}, probabilities {_other}", lambda d=_dtype, o=_other: (x(3, 5, dtype=d), p(3, 5, dtype=o), {}))
+add("weight, 2-D, for pixels", lambda: (x(2, 5, 3, 4), y(2, 3, 4), {"weight": w()[None]}))
+add("weight, short, for pixels", lambda: (x(2, 5, 3, 4), y(2, 3, 4), {"weight": w(4)}))
+add("weight, nan for a class not met", lambda: (x(3, 5), IGNORED, {"weight": w().index_fill(0, ZEROS, nan)}))
+_byte = lambda **keywords: (x(3, 5), y(3, dtype=torch.uint8), {"weight": w()} | keywords)  # noqa: E731
+add("target torch.uint8, weight and smoothing", lambda: _byte(label_smoothing=0.1))
+add("target torch.uint8, 1-D", lambda: (x(5), y(dtype=torch.uint8), {}))
+
 BAD_TARGETS = {"C": 5, "-1": -1, "huge": 2**40}
 for _name, _value in BAD_TARGETS.items():
     for _keywords in ({}, {"label_smoothing": 0.1}, {"weight": w()}, {"reduction": "none"}):
@@ -165,6 +177,7 @@ for _reduction in ("none", "mean", "sum"):
     for _keywords in ({}, {"weight": w()}, {"label_smoothing": 0.1}):
         _all = {"reduction": _reduction} | _keywords
         add(f"all ignored {_reduction} {list(_keywords)}", lambda k=_all: (x(3, 5), torch.full((3,), -100), k))
+        add(f"all ignored {_reduction} {list(_keywords)}, 3-D", lambda k=_all: (x(3, 5, 2), IGNORED[1].expand(3, 2), k))
 add("all ignored, one row", lambda: (x(5), torch.tensor(-100), {}))
 add("target a list", lambda: (x(3, 5), [1, 2, 3], {}))
 add("target an int", lambda: (x(5), 3, {}))

@@ -100,6 +100,41 @@ def test_every_transform_equals_torchs(kind: str) -> None:
     same(vmap(grad(scalar(ours)))(many), vmap(grad(scalar(theirs)))(many))
 
 
+@pytest.mark.parametrize("keywords", [{}, {"reduction": "none"}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ignored_rows_stay_zero_in_every_order(value: float, keywords: dict[str, Any]) -> None:
+    results = []
+    for bad in (value, 0.0):
+        input = x(4, 5).index_fill(0, torch.tensor([1]), bad).requires_grad_()
+        (first,) = torch.autograd.grad(cross_entropy(input, TARGET, **keywords).sum(), input, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), input)
+        assert not first[1].any()
+        assert not second[1].any()
+        results.append((first, second))
+    same(*results)
+
+
+def test_upstream_gradients_and_weights_with_the_negative_bit() -> None:
+    results = []
+    for function in (cross_entropy, F.cross_entropy):
+        input = leaf()
+        loss = function(input, TARGET, torch._neg_view(w()), reduction="none")
+        results.append(torch.autograd.grad(loss, input, torch._neg_view(x(4))))
+    same(*results)
+
+
+def test_logits_of_inference_mode() -> None:
+    with torch.inference_mode():
+        logits = x(4, 5)
+    results = []
+    for function in (cross_entropy, F.cross_entropy):
+        target = p(4, 5).requires_grad_()
+        results.append(
+            torch.autograd.grad(function(logits.clone() if function is F.cross_entropy else logits, target), target)
+        )
+    same(*results)
+
+
 def test_vmap_over_every_argument() -> None:
     inputs, targets, weights = x(3, 4, 5), y(3, 4), torch.stack([w(), w() * 2, w().flip(0)])
     same(vmap(cross_entropy)(inputs, targets, weights), vmap(F.cross_entropy)(inputs, targets, weights))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import bits
-from calls import x, y
+from calls import p, x, y
 from cases import EVERYTHING, misaligned, padded, rows_apart
 from torch import Tensor
 
@@ -69,6 +69,43 @@ def test_batch_and_address_do_not_matter(dtype: torch.dtype, C: int) -> None:
         for rows in (slice(4, 5), slice(2, 7), slice(None, None, 3)):
             got = everything(input[rows], target[rows], options)
             assert all(torch.equal(mine, all_rows[rows]) for mine, all_rows in zip(got, expected, strict=True))
+
+
+def target_for(kind: str, *shape: int) -> Tensor:
+    return p(*shape, dtype=torch.float32) if kind == "probabilities" else y(shape[0], *shape[2:], C=shape[1])
+
+
+@every_isa
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("shape", [(5, 20011), (301, 7, 16, 2), (33, 300, 5)], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_threads_do_not_matter_for_any_form(kind: str, shape: tuple[int, ...]) -> None:
+    input, target = x(*shape, dtype=torch.float32), target_for(kind, *shape)
+    for layout in (lambda t: t, lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1)):  # and channels last
+        torch.set_num_threads(1)
+        expected = everything(layout(input), target, Options(label_smoothing=0.1))
+        for count in (2, 3, 4):
+            torch.set_num_threads(count)
+            got = everything(layout(input), target, Options(label_smoothing=0.1))
+            assert all(map(torch.equal, got, expected))
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(9, 5, 4), (9, 70, 3, 3), (9, 130)], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_batch_and_address_do_not_matter_for_any_form(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    input, target = x(*shape, dtype=dtype), target_for(kind, *shape)
+    options = Options(reduction="none", **EVERYTHING)
+    expected = everything(input, target, options)
+    assert all(map(torch.equal, everything(misaligned(input), target, options), expected))
+    assert all(map(torch.equal, everything(rows_apart(input), target, options), expected))
+    pixels = len(expected[0].flatten()) // len(input)
+    for images in (slice(4, 5), slice(2, 7), slice(None, None, 3)):
+        got = everything(input[images], target[images], options)
+        for mine, of_all in zip(got, expected, strict=True):
+            rows = of_all if of_all.shape[0] == len(input) else of_all.view(len(input), pixels, -1)
+            assert torch.equal(mine.flatten(), rows[images].flatten())
 
 
 @every_isa

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import warnings
@@ -14,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from accuracy import relative_error, same_kind
 from calls import CALLS, p, w, x, y
-from cases import OPTIONS
+from cases import CASES, OPTIONS, Case
 from judge import check, check_grad, expected_grad, expected_loss
 from oracle import composed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from fused_ce import cross_entropy
+from fused_ce import cpu, cross_entropy
 from fused_ce.options import Options
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -62,6 +63,16 @@ def test_answers_as_torch(call: str) -> None:
             assert relative_error(mine, its.double(), its.double().abs().clamp(min=0.01)) <= close
 
 
+def test_weights_that_add_up_to_zero() -> None:
+    # Divided by 0: torch's gradient is inf, -inf and NaN, ours NaN.
+    input, weight = x(2, 2).requires_grad_(), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    loss = cross_entropy(input, torch.tensor([0, 1]), weight)
+    loss.backward()
+    assert loss == F.cross_entropy(input, torch.tensor([0, 1]), weight)
+    assert not loss.isfinite()
+    assert not input.grad.isfinite().any()
+
+
 def test_signature_begins_as_torch() -> None:
     theirs = list(inspect.signature(F.cross_entropy).parameters.values())
     ours = list(inspect.signature(cross_entropy).parameters.values())
@@ -100,6 +111,33 @@ def test_runs_our_kernels(isa: str, dtype: torch.dtype, reduction: str) -> None:
     check_grad(call[0].grad, call, expected_grad(torch.ones_like(loss), call))
     with torch.no_grad():
         assert torch.equal(cross_entropy(*call[:2], reduction=reduction), loss)
+
+
+TORCHS = {"softmax", "nll_loss", "logsumexp", "cross_entropy"}  # parts of the names of its operators
+
+
+def groups(cases: list[Case]) -> dict[str, list[Case]]:
+    """By the first word of their names: starting the profiler takes longer than a case."""
+    result: dict[str, list[Case]] = {}
+    for case in cases:
+        result.setdefault(re.split(r"[-\d]", case.id)[0], []).append(case)
+    return result
+
+
+@pytest.mark.skipif(cpu._C is None, reason="fused_ce._C is not built")
+@pytest.mark.parametrize("group", groups(CASES))
+def test_no_operator_of_torchs_runs(group: str) -> None:
+    # Every row of the table is the kernels' work, loss and gradient.
+    for keywords in ({}, {"return_stats": True}):
+        calls = [case.build() for case in groups(CASES)[group]]
+        with torch.profiler.profile() as profile:
+            for input, target, weight, options in calls:
+                input.requires_grad_()
+                result = cross_entropy(input, target, weight, **options._asdict() | keywords)
+                (result.loss if keywords else result).sum().backward()
+        names = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+        assert names
+        assert not {name for name in names for part in TORCHS if part in name}
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 5, 3), (2, 5, 3, 2)], ids=str)
@@ -271,7 +309,7 @@ def test_float16_mean_does_not_overflow() -> None:
 def test_a_forked_child_does_not_hang() -> None:
     code = """
 import os, signal, torch
-from fused_ce import cross_entropy
+from fused_ce import cpu, cross_entropy
 torch.set_num_threads(4)
 x, y = torch.randn(512, 1000, requires_grad=True), torch.zeros(512, dtype=torch.int64)
 cross_entropy(x, y).backward()
@@ -280,7 +318,10 @@ if child == 0:
     signal.alarm(60)
     before, x.grad = x.grad, None
     cross_entropy(x, y).backward()
-    os._exit(0 if (before.numpy() == x.grad.numpy()).all() else 1)
+    same = (before.numpy() == x.grad.numpy()).all()
+    x.grad = None
+    cross_entropy(x, y).backward(torch.tensor(2.0))  # twice what forward made
+    os._exit(0 if same and (2 * before.numpy() == x.grad.numpy()).all() else 1)
 raise SystemExit(os.waitpid(child, 0)[1])
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0

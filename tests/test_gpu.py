@@ -1,7 +1,8 @@
-"""How `gpu.py` cuts the work into programs: no way of cutting changes a result."""
+"""How `gpu.py` cuts the work into programs, whatever the strides: no way of cutting changes a result."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,23 +10,29 @@ import torch
 from accuracy import bits
 from cases import EVERYTHING, Case, ignore, ramp
 from conftest import Backend
-from judge import check, check_grad, expected_of
+from judge import check, check_grad, expected_grad, expected_of
+from oracle import double
 
-from fused_ce import gpu
-from fused_ce.options import Options
+from fused_ce import gpu, reference, rows
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PIXELS: dict[str, Any] = {"N": 3, "pixels": (5, 7), "target": ignore(3, 36)}
 CASES = [
     Case("rows", N=37, C=130, target=ignore(3, 36)),
     Case("rows-everything", N=37, C=130, options=EVERYTHING, weight=ramp, target=ignore(3, 36)),
     Case("rows-bfloat16", N=37, C=130, dtype=torch.bfloat16, target=ignore(3, 36)),
+    Case("rows-transposed", N=37, C=130, layout=lambda x: x.T.contiguous().T),
+    Case("rows-probabilities", N=37, C=130, probs=torch.float32, options=EVERYTHING, weight=ramp),
+    Case("pixels", C=33, **PIXELS),
+    Case("pixels-everything", C=33, options=EVERYTHING, weight=ramp, **PIXELS),
+    Case("pixels-turned", C=33, layout=lambda x: x.mT.contiguous().mT, **PIXELS),
+    Case("channels-last", C=33, layout=lambda x: x.to(memory_format=torch.channels_last), **PIXELS),
 ]
 only_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
 @only_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("chunk", [8, 37, 64])
+@pytest.mark.parametrize("chunk", [8, 40, 64])
 def test_chunks_of_rows(backend: Backend, case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CHUNK", chunk)
     monkeypatch.setattr(gpu, "SUMS", gpu.SUMS | {"CHUNK": chunk, "BLOCK": 8})
@@ -53,21 +60,116 @@ def test_tiles_and_fewer_programs(
     monkeypatch.setattr(gpu, "_launch", launch_fewer)
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
-    loss, grad, stats, _ = gpu.forward(*call, "fused")
+    loss, grad, _, _ = gpu.forward(*call, "fused")
     check(loss, exact_loss)
     check_grad(grad, call, exact_grad)
+    stats = gpu.forward(*call, "recompute")[2]
     again = gpu.backward(torch.ones_like(loss), None, *call, None, stats, True, False)[0]
     check_grad(again, call, exact_grad)
     doubled = gpu.backward(torch.full_like(loss, 2), None, *call, grad, stats, True, False)[0]
     assert torch.equal(bits(doubled), bits(grad * 2))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("options", [Options(), Options(softcap=2.0)], ids=["plain", "softcap"])
-def test_tile_holds_the_classes(dtype: torch.dtype, options: Options) -> None:
-    for C in (1, 2, 3, 10, 1000, 1024, 1025, 4096, 4097, 16384, 16385, 50257, 262144):
-        rows, block, warps = gpu.tile(C, dtype, options)
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("side", [1, 2, 5, 32, 3136])
+def test_tile_holds_the_classes(side: int, heavy: bool) -> None:
+    for C in (1, 2, 3, 10, 150, 1000, 1024, 1025, 4096, 4097, 16384, 16385, 50257, 262144):
+        rows, block, warps = gpu.tile(C, side, heavy)
         assert all(number & (number - 1) == 0 for number in (rows, block, warps))  # Triton's shapes
-        assert block <= 16384
+        assert rows >= min(side, 32)
+        assert rows * block <= 16384
         assert block < 2 * max(C, 2)
         assert 4 <= warps <= 16
+
+
+@only_triton
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "permuted", "sliced", "turned", "expanded"])
+def test_no_layout_is_copied(backend: Backend, layout: str) -> None:
+    x = torch.randn(2, 6, 4, 8, device=backend.device)
+    x = {
+        "contiguous": x,
+        "channels-last": x.to(memory_format=torch.channels_last),
+        "permuted": x.permute(3, 1, 0, 2),
+        "sliced": x[:, 1:-1, 1:, ::2],
+        "turned": x.mT,
+        "expanded": x[:1].expand(3, 6, 4, 8),
+    }[layout]
+    grad = x.new_empty(x.shape)
+    sizes, views = rows.matrices(x, None, grad)
+    C = x.shape[1]
+    assert views[0].ptr.data_ptr() == x.data_ptr()
+    assert views[1] is None
+    assert math.prod(sizes) == rows.row_shape(x).numel()
+    for tensor, view in ((x, views[0]), (grad.copy_(x), views[2])):
+        strides = [1 if stride is None else stride for stride in (*(view.outer or ())[::-1], view.inner)]
+        seen = torch.as_strided(tensor, sizes, strides, tensor.storage_offset())
+        assert torch.equal(seen.flatten(), tensor[:, 0].flatten())
+        align = rows.alignment(C, sizes[-1], [view])
+        assert all(stride % align == 0 for stride in (*strides, view.col or 1) if stride != 1)
+
+
+@only_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("given", ["number", "tensor"])
+def test_expected_upstream_gradient(backend: Backend, dtype: torch.dtype, given: str) -> None:
+    # 1 / 3 arrives in the dtype of the loss, and is recognised as it comes.
+    case = Case("expected", N=5, C=130, dtype=dtype, target=ignore(1))
+    hint = 1 / 3 if given == "number" else torch.tensor(1 / 3, device=backend.device)
+    *tensors, options = case.build(backend.device)
+    call = *tensors, options._replace(grad_scale=hint)
+    loss, grad, stats, _ = gpu.forward(*call, "fused")
+    upstream = torch.full_like(loss, 1 / 3)
+    check_grad(grad, call, expected_grad(upstream, call))
+    untouched = grad.clone()
+    assert gpu.backward(upstream, None, *call, grad, stats, False, False)[0] is grad
+    assert torch.equal(bits(grad), bits(untouched))
+    other = gpu.backward(upstream * 2, None, *call, grad, stats, False, False)[0]
+    check_grad(other, call, expected_grad(upstream * 2, call), roundings=1 if dtype != torch.float32 else 2)
+
+
+@only_triton
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_place(backend: Backend, case: Case) -> None:
+    input, *rest, options = case.build(backend.device)
+    if not input.is_contiguous():
+        return
+    call = input.clone(), *rest, options._replace(inplace=True)
+    _, exact = expected_of(case)
+    grad = gpu.forward(*call, "fused")[1]
+    assert grad.data_ptr() == call[0].data_ptr()
+    check_grad(grad, (input, *rest, options), exact)
+    call = input.clone(), *rest, options._replace(inplace=True)
+    loss, _, stats, _ = gpu.forward(*call, "recompute")
+    assert torch.equal(call[0], input)
+    grad = gpu.backward(torch.ones_like(loss), None, *call, None, stats, False, False)[0]
+    assert grad.data_ptr() == call[0].data_ptr()
+    check_grad(grad, (input, *rest, options), exact)
+
+
+@only_triton
+@pytest.mark.parametrize("probs", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pixels", [(), (3, 5)], ids=str)
+def test_extras_and_their_gradients(backend: Backend, pixels: tuple[int, ...], probs: torch.dtype | None) -> None:
+    case = Case("extras", N=4, C=130, pixels=pixels, probs=probs, options=EVERYTHING, weight=ramp)
+    input, target, weight, options = case.build(backend.device)
+    if probs is None:
+        target.view(-1)[1] = options.ignore_index
+    call = input, target, weight, options._replace(return_stats=True)
+    exact_call = double(input), double(target) if probs else target.cpu(), double(weight), call[3]
+    loss, _, stats, extras = gpu.forward(*call, "recompute")
+    exact = reference.composite(*exact_call)[1]
+    for got, wanted in zip(extras, exact, strict=True):
+        assert got.dtype == (torch.int64 if wanted.dtype == torch.int64 else torch.float32)
+        torch.testing.assert_close(got.cpu().to(wanted.dtype), wanted, rtol=2e-6, atol=0)
+    g_lse = torch.randn(*loss.shape, *extras.lse.shape, 2, device=backend.device)[..., 1]
+    upstream = torch.full_like(loss, 1 / 3)
+    wanted = reference.backward(double(upstream), double(g_lse), *exact_call, None, None, True, probs is not None)
+    got = gpu.backward(upstream, g_lse, *call, None, stats, True, probs is not None)
+    for result, exact_result, like in zip(got, wanted, (input, target), strict=True):
+        if exact_result is None:
+            assert result is None
+            continue
+        assert result.dtype == like.dtype
+        assert result.is_contiguous()
+        largest, eps = float(exact_result.abs().max()), torch.finfo(result.dtype).eps
+        torch.testing.assert_close(result.cpu().double(), exact_result, rtol=0, atol=8 * eps * largest)

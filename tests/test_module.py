@@ -22,7 +22,7 @@ CONSTRUCTIONS: dict[str, dict[str, Any]] = {
     "none": {"reduction": "none"},
     "smoothing": {"label_smoothing": 0.2, "weight": w()},
 }
-EXTRAS = {name: keywords for name, keywords in OPTIONS.items() if "num_items" not in keywords}
+EXTRAS = {name: keywords for name, keywords in OPTIONS.items() if not keywords.keys() & {"num_items", "grad_scale"}}
 
 
 def run(module: nn.Module, *more: object) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,11 @@ REFUSED = [
     ({"softcap": torch.inf}, "softcap must be a positive finite number or None (no softcap), got inf"),
     ({"softcap": torch.nan}, "softcap must be a positive finite number or None (no softcap), got nan"),
     ({"lse_square_scale": -torch.inf}, "lse_square_scale must be a finite number, got -inf"),
+    ({"num_items": 0}, "num_items must be a positive finite number, got 0"),
+    ({"num_items": torch.ones(2)}, "num_items must be a number or a 0-d tensor, got a tensor of shape (2,)"),
+    ({"grad_scale": -1.0}, "grad_scale must be a positive finite number, got -1.0"),
+    ({"grad_scale": torch.inf}, "grad_scale must be a positive finite number, got inf"),
+    ({"grad_scale": torch.ones(1)}, "grad_scale must be a number or a 0-d tensor, got a tensor of shape (1,)"),
     ({"num_items": 3, "reduction": "sum"}, 'num_items replaces the divisor of reduction="mean", got reduction="sum"'),
     ({"num_items": 3, "reduction": "none"}, 'num_items replaces the divisor of reduction="mean", got reduction="none"'),
 ]
@@ -58,6 +63,8 @@ def test_defaults_are_those_of_the_public_function() -> None:
         ({"softcap": 5.0}, False),
         ({"lse_square_scale": 1e-4}, False),
         ({"num_items": 2}, False),
+        ({"return_stats": True}, False),
+        ({"grad_scale": 3.0, "inplace": True}, True),
     ],
     ids=str,
 )

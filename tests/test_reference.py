@@ -21,7 +21,7 @@ def in_float64(case: Case) -> Call:
     input, target, weight, options = case.build()
     weight = None if weight is None else weight.double()
     target = target.double() if target.is_floating_point() else target
-    return input.double(), target, weight, options._replace(dtype=None)
+    return input.double(), target, weight, options._replace(dtype=None, grad_scale=None)
 
 
 def torch_is_exact(case: Case) -> bool:
