@@ -13,7 +13,8 @@
 namespace fused_ce {
 namespace {
 
-// Below this many bytes of logits a second thread is taken to cost more than it saves (not measured on an idle machine).
+// Below this many bytes of logits a second thread is taken to cost more than it saves (not measured on an idle
+// machine).
 [[maybe_unused]] constexpr int64_t SERIAL_BYTES = 1 << 16;
 constexpr int64_t HUGE_PAGE = 1 << 21;
 constexpr int64_t WIDEST_VECTOR = 64;  // bytes
