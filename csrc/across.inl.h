@@ -1,110 +1,171 @@
 // The five functions again where the classes of a row lie apart (N, C, d1..dk; transposed logits) or are too few to
-// fill a vector: the lanes are rows side by side, and a bundle of rows is first brought into scratch, read once.
+// fill vectors: the lanes are rows side by side, and a bundle of rows is first brought into scratch, read once.
 // Included inside a namespace, once for each instruction set: nothing may be #included here.
 
-// One tensor's elements for class c, a row to each lane.
+// One tensor's elements for a bundle of rows, class by class: a row to each lane.
 template <class F> struct Lanes {
   TYPES(F);
-  T* p[F::lanes] = {};
-  int64_t stride;
-  int n;
-  bool side_by_side;
+  T* p[F::lanes];
+  const int64_t stride, C;
+  const int n;
+  bool side_by_side, one_by_one;  // rows lie next to each other; neither rows nor classes do
 
-  INLINE Lanes(const Call& call, const View& view, int64_t first, int n) : stride(view.class_stride), n(n) {
+  INLINE Lanes(const Call& call, const View& view, int64_t first, int n)
+      : stride(view.class_stride), C(call.C), n(n) {
+    int64_t offsets[F::lanes];
+    call.dims.offsets(view, first, n, offsets);
     side_by_side = n == F::lanes;
     for (int i = 0; i < n; i++) {
-      p[i] = static_cast<T*>(view.data) + call.dims.offset(view, first + i);
-      side_by_side &= p[i] == p[0] + i;
+      p[i] = static_cast<T*>(view.data) + offsets[i];
+      side_by_side &= offsets[i] == offsets[0] + i;
+    }
+    one_by_one = !side_by_side && stride != 1;
+  }
+
+  // f(c, classes c of all rows). `raw` holds (C, lanes) elements.
+  template <class Function> INLINE void read(T* raw, Function f) const {
+    if (side_by_side) {
+      for (int64_t c = 0; c < C; c++) f(c, load(p[0] + c * stride));
+    } else if (one_by_one) {
+      // As vectors only when all of it is there: one read right behind the narrow writes that make it up would wait.
+      for (int i = 0; i < n; i++)
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = p[i][c * stride];
+      for (int i = n; i < F::lanes; i++)
+        for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = T{};
+      for (int64_t c = 0; c < C; c++) f(c, load(raw + c * F::lanes));
+    } else {
+      V tile[F::lanes];
+      for (int64_t c = 0; c < C; c += F::lanes) {
+        const int64_t count = C - c < F::lanes ? C - c : F::lanes;
+#pragma GCC unroll 16
+        for (int i = 0; i < F::lanes; i++) tile[i] = i < n ? read_some(i, c, count) : V{};
+        transpose(tile);
+        for (int64_t j = 0; j < count; j++) f(c + j, tile[j]);
+      }
     }
   }
-  // Rows that are not side by side go through `raw`, (C, lanes): element by element, and as vectors only when all of
-  // it is there, because a vector read right behind the narrow writes that make it up would wait for them.
-  INLINE void gather(T* raw, int64_t C) const {
-    if (side_by_side) return;
-    for (int i = 0; i < n; i++)
+  // f(c): the vector to write for class c.
+  template <class Function> INLINE void write(T* raw, Function f) const {
+    if (side_by_side) {
+      for (int64_t c = 0; c < C; c++) store(p[0] + c * stride, f(c));
+    } else if (one_by_one) {
+      for (int64_t c = 0; c < C; c++) store(raw + c * F::lanes, f(c));
+      for (int i = 0; i < n; i++)
 #pragma GCC unroll 8
-      for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = p[i][c * stride];
-    for (int i = n; i < F::lanes; i++)
-      for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = T{};
+        for (int64_t c = 0; c < C; c++) p[i][c * stride] = raw[c * F::lanes + i];
+    } else {
+      V tile[F::lanes];
+      // The last classes first, so that what they write past a row's end is written over by the next row.
+      for (int64_t c = (C - 1) / F::lanes * F::lanes; c >= 0; c -= F::lanes) {
+        const int64_t count = C - c < F::lanes ? C - c : F::lanes;
+        for (int64_t j = 0; j < count; j++) tile[j] = f(c + j);
+        for (int64_t j = count; j < F::lanes; j++) tile[j] = V{};
+        transpose(tile);
+#pragma GCC unroll 16
+        for (int i = 0; i < F::lanes; i++)
+          if (i < n) write_some(i, c, count, tile[i]);
+      }
+    }
   }
-  INLINE V get(const T* raw, int64_t c) const { return load(side_by_side ? p[0] + c * stride : raw + c * F::lanes); }
-  INLINE void put(T* raw, int64_t c, V v) const { store(side_by_side ? p[0] + c * stride : raw + c * F::lanes, v); }
-  INLINE void scatter(const T* raw, int64_t C) const {
-    if (side_by_side) return;
-    for (int i = 0; i < n; i++)
-#pragma GCC unroll 8
-      for (int64_t c = 0; c < C; c++) p[i][c * stride] = raw[c * F::lanes + i];
+
+ private:
+  // A whole vector where what follows the row is the bundle's own.
+  INLINE V read_some(int i, int64_t c, int64_t count) const {
+    return count == F::lanes || p[i] + c + F::lanes <= p[n - 1] + C ? load(p[i] + c) : load_first(p[i] + c, count);
+  }
+  INLINE void write_some(int i, int64_t c, int64_t count, V v) const {
+    if (count == F::lanes || (i + 1 < n && p[i + 1] == p[i] + C && p[i] + c + F::lanes <= p[n - 1] + C))
+      store(p[i] + c, v);
+    else store_first(p[i] + c, v, count);
   }
 };
 
 template <class F> struct Bundle {
   TYPES(F);
   typedef decltype(I{}[0] + 0) Index;
-  static constexpr bool EXACT = sizeof(A) == sizeof(float);
   const Call& call;
-  const int64_t first, C;                    // the row of lane 0
-  const int n;                               // rows in use
-  V* const z;                                // (C) transformed logits
-  V* const slope;                            // (C) dz/dx
-  V* const q;                                // (C) spread part of q, if DENSE
-  V m = {}, so = {}, rest = {}, below = {};  // as in Sums
-  I y = {}, argmax = {}, counts = {};        // counts: all bits set in rows that are not ignored
+  const Options o;
+  const int64_t first, C;                              // the row of lane 0
+  const int n;                                         // rows in use
+  V* const z;                                          // (C) transformed logits; once kept, exp(z - m)
+  V* const slope;                                      // (C) dz/dx, under a softcap
+  V* const q;                                          // (C) spread part of q, if DENSE
+  V m = {}, so = {}, rest = {}, below = {}, heat = {};  // as in Sums
+  V z_y = {}, q_y = {};                                // of class y; q_y its spread part
+  I y = {}, counts = I{} - 1;                          // counts: all bits set in rows that are not ignored
 
   Bundle(const Call& call, int64_t first, int n, void* scratch)
-      : call(call), first(first), C(call.C), n(n), z(static_cast<V*>(scratch)), slope(z + C), q(slope + C) {
-    bool some_ignored = false;
-    for (int i = 0; i < n; i++) {
-      const int64_t label = call.probs ? 0 : call.target_index(first + i);
-      const bool ignored = !call.probs && label == call.options.ignore_index;
-      y[i] = ignored ? 0 : Index(label);
-      counts[i] = ignored ? 0 : -1;
-      some_ignored |= ignored;
-    }
-    const Lanes<F> x(call, call.input, first, n);
-    T* const raw = reinterpret_cast<T*>(q);  // q is not there yet
-    x.gather(raw, C);
-    for (int64_t c = 0; c < C; c++) {
-      V x_c = x.get(raw, c);
-      if (some_ignored) x_c = counts ? x_c : V{};  // it may be NaN
-      z[c] = transform<F>(x_c, call.options);
-      if (F::CAP && call.grad.data) slope[c] = transform_grad<F>(x_c, call.options);
-    }
+      : call(call), o(call.options), first(first), C(call.C), n(n), z(static_cast<V*>(scratch)), slope(z + C),
+        q(slope + C) {
+    if (!call.probs) load_y();
+    const bool capped = F::CHANGED && o.softcap > 0 && call.grad.data;
+    V most = splat(-A(__builtin_inff()));
+    Lanes<F>(call, call.input, first, n).read(reinterpret_cast<T*>(q), [&](int64_t c, V x_c) LAMBDA {  // q comes later
+      z[c] = transform<F>(x_c, o);
+      most = max(z[c], most);
+      if (capped) slope[c] = transform_grad<F>(x_c, o);
+    });
+    m = most;
     if constexpr (F::DENSE) load_q();
+  }
+
+  INLINE void load_y() {
+    int64_t offsets[F::lanes];
+    Index labels[F::lanes] = {}, valid[F::lanes] = {};
+    call.dims.offsets(call.target, first, n, offsets);
+    for (int i = 0; i < n; i++) {
+      const int64_t label = call.target_at(offsets[i]);
+      valid[i] = label == o.ignore_index ? 0 : -1;
+      labels[i] = Index(label) & valid[i];
+    }
+    y = read<I>(labels), counts = read<I>(valid);
   }
 
   void load_q() {
     A block[BLOCK];
     for (int i = 0; i < (call.probs ? n : 1); i++) {
       const int64_t offset = call.probs ? call.dims.offset(call.target, first + i) : 0;
-      blocks(C, [&](int64_t begin, int64_t end) LAMBDA {
+      for (int64_t begin = 0; begin < C; begin += BLOCK) {
+        const int64_t end = begin + BLOCK < C ? begin + BLOCK : C;
         spread_q(block, call, offset, begin, end);
         for (int64_t c = begin; c < end; c++)
           if (call.probs) q[c][i] = block[c - begin];
           else q[c] = splat(block[c - begin]);
-      });
+      }
     }
   }
 
-  // [3] row_lse
-  void row_lse() {
-    m = z[0];
+  I largest() const {
+    I at = {};
+    V best = z[0];
     for (int64_t c = 1; c < C; c++) {
-      const auto larger = (z[c] > m) | ((z[c] != z[c]) & (m == m));  // a NaN counts as largest, as in torch
-      m = larger ? z[c] : m;
-      argmax = larger ? I{} + Index(c) : argmax;
+      const auto larger = (z[c] > best) | ((z[c] != z[c]) & (best == best));  // a NaN counts as largest, as in torch
+      best = larger ? z[c] : best;
+      at = larger ? I{} + Index(c) : at;
     }
-    if (call.probs) y = argmax;
+    return at;
+  }
+
+  // [3] row_lse
+  template <bool KEEP> void row_lse() {
+    const bool wants_heat = call.extras;
     V lost = {}, lost_q = {}, lost_below = {};
     for (int64_t begin = 0; begin < C; begin += RUN) {
       const int64_t end = begin + RUN < C ? begin + RUN : C;
       V sum = {}, sum_below = {}, sum_q = {};
       for (int64_t c = begin; c < end; c++) {
         const auto is_y = y == Index(c);
-        sum += is_y ? V{} : exp_minus<A, EXACT>(z[c], m);
+        const V z_c = z[c], e_c = exp_minus<A>(z_c, m);
+        z_y = is_y ? z_c : z_y;
+        sum += is_y ? V{} : e_c;
         if constexpr (F::DENSE) {
+          q_y = is_y ? q[c] : q_y;
           sum_q += is_y ? V{} : q[c];
-          sum_below += q[c] * (m - z[c]);
+          sum_below += q[c] * (m - z_c);
         }
+        if (wants_heat) heat += e_c == 0 ? e_c : e_c * (m - z_c);
+        if constexpr (KEEP) z[c] = e_c;
       }
       add(so, lost, sum);
       if constexpr (F::DENSE) add(rest, lost_q, sum_q), add(below, lost_below, sum_below);
@@ -118,62 +179,61 @@ template <class F> struct Bundle {
       m[i] = A(stats.m), so[i] = A(stats.so), rest[i] = A(stats.rest);
       if (call.probs) y[i] = Index(stats.y);
     }
+    for (int64_t c = 0; c < C; c++) {
+      const auto is_y = y == Index(c);
+      z_y = is_y ? z[c] : z_y;
+      if constexpr (F::DENSE) q_y = is_y ? q[c] : q_y;
+    }
   }
 
   INLINE Row<V, A> row() const {
-    V z_y = {}, own = {}, spread = {};
-    for (int i = 0; i < n; i++) {
-      z_y[i] = z[y[i]][i];
-      own[i] = own_q<A>(call, y[i]);
-      if constexpr (F::DENSE) spread[i] = q[y[i]][i];
-    }
-    return Row<V, A>(m, so, rest, below, z_y, own, own + spread);
+    A own_of[F::lanes];
+    for (int i = 0; i < F::lanes; i++) own_of[i] = own_q<A>(call, call.weight ? y[i] : 0);
+    const V own = load(own_of);
+    return Row<V, A>(m, so, rest, below, z_y, own, own + q_y);
   }
 
-  void write_rows(const Row<V, A>& row) {
+  INLINE void write_rows(const Row<V, A>& row) {
     const V loss = counts ? row_loss(row, call) : V{};
-    for (int i = 0; i < n; i++) static_cast<A*>(call.loss)[first + i] = loss[i];
+    store_first(static_cast<A*>(call.loss) + first, loss, n);
     if (call.stats)
       for (int i = 0; i < n; i++)
         call.stats[first + i] = Stats{double(m[i]), double(so[i]), double(rest[i]), counts[i] ? double(y[i]) : -1.0};
   }
 
   // [5] row_grad
-  void row_grad(const Slope<V, A>& part) {
-    const V k = splat(A(call.options.logit_scale));
-    const Lanes<F> dx(call, call.grad, first, n);
-    T* const raw = reinterpret_cast<T*>(q);  // never ahead of the q that is read
-    for (int64_t c = 0; c < C; c++) {
-      V dz = part.p * exp_minus<A, EXACT>(z[c], m);
-      if constexpr (F::DENSE) dz -= part.scale * q[c];
-      dz = (y == Index(c) ? part.dz_y : dz) * (F::CAP ? slope[c] : k);
-      dx.put(raw, c, counts ? dz : V{});
-    }
-    dx.scatter(raw, C);
+  template <bool KEEP> INLINE void row_grad(const Slope<V, A>& part) {
+    const bool capped = F::CHANGED && o.softcap > 0;
+    const V k = capped ? splat(A(1)) : splat(A(o.logit_scale));
+    const V p = k * part.p, scale = k * part.scale, dz_y = k * part.dz_y;
+    Lanes<F>(call, call.grad, first, n).write(reinterpret_cast<T*>(q), [&](int64_t c) LAMBDA {  // never ahead of q
+      V dx_c = p * (KEEP ? z[c] : exp_minus<A>(z[c], m));
+      if constexpr (F::DENSE) dx_c -= scale * q[c];
+      dx_c = y == Index(c) ? dz_y : dx_c;
+      if (capped) dx_c *= slope[c];
+      return counts ? dx_c : V{};
+    });
   }
 
   void target_grad(const Row<V, A>& row, V scale) {
     const A* w = static_cast<const A*>(call.weight);
-    const V share = scale * A(1 - call.options.label_smoothing);
+    const V share = scale * A(1 - o.label_smoothing);
     A dt[BLOCK];
-    for (int i = 0; i < n; i++)
-      blocks(C, [&](int64_t begin, int64_t end) LAMBDA {
+    for (int i = 0; i < n; i++) {
+      const int64_t offset = call.dims.offset(call.d_target, first + i);
+      for (int64_t begin = 0; begin < C; begin += BLOCK) {
+        const int64_t end = begin + BLOCK < C ? begin + BLOCK : C;
         for (int64_t c = begin; c < end; c++)
           dt[c - begin] = share[i] * (w ? w[c] : A(1)) * (row.lse_m[i] + (m[i] - z[c][i]));
-        write_elements(call.d_target.data, call.d_target.dtype,
-                       call.dims.offset(call.d_target, first + i) + begin * call.d_target.class_stride,
+        write_elements(call.d_target.data, call.d_target.dtype, offset + begin * call.d_target.class_stride,
                        call.d_target.class_stride, dt, end - begin);
-      });
+      }
+    }
   }
 
-  void write_extras(const Row<V, A>& row) {
-    V sum = {};
-    for (int64_t c = 0; c < C; c++) {
-      const V e_c = exp<A, V, I>(z[c] - m);
-      sum += e_c == 0 ? e_c : e_c * (m - z[c]);
-    }
-    const double L = call.options.lse_square_scale;
-    const V entropy = row.lse_m + sum / (row.so + row.e_y);
+  void write_extras(const Row<V, A>& row, I argmax) {
+    const double L = o.lse_square_scale;
+    const V entropy = row.lse_m + heat / (row.so + row.e_y);
     for (int i = 0; i < n; i++) {
       const double lse = double(m[i]) + double(row.lse_m[i]);
       call.extras[first + i] =
@@ -182,38 +242,43 @@ template <class F> struct Bundle {
   }
 };
 
-template <class F> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
+template <class F, bool KEEP> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   TYPES(F);
   const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
   for (int64_t first = begin; first < end; first += F::lanes) {
     const int n = end - first < F::lanes ? int(end - first) : F::lanes;
     Bundle<F> bundle(call, first, n, scratch);
-    if (call.loss) bundle.row_lse();
+    I argmax = {};
+    if (call.loss && (call.probs || call.extras)) argmax = bundle.largest();
+    if (call.loss && call.probs) bundle.y = argmax;
+    if (call.loss) bundle.template row_lse<KEEP>();
     else bundle.read_stats();
     const Row<V, A> row = bundle.row();
     if (call.loss) bundle.write_rows(row);
-    if (call.extras) bundle.write_extras(row);
+    if (call.extras) bundle.write_extras(row, argmax);
     if (!call.grad.data && !call.d_target.data) continue;
     V scale = splat(A(call.scale)), of_lse = {};
     if (upstream)
       for (int i = 0; i < n; i++) scale[i] = A(call.scale * double(upstream[first + i]));
     if (g_lse) of_lse = load_first(g_lse + first, n);
     if (call.d_target.data) bundle.target_grad(row, scale);
-    if (call.grad.data) bundle.row_grad(Slope<V, A>(row, call, scale, of_lse));
+    if (call.grad.data) bundle.template row_grad<KEEP>(Slope<V, A>(row, call, scale, of_lse));
   }
 }
 
-template <class F> void form_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.across) across_rows<F>(call, begin, end, scratch);
-  else along_rows<F>(call, begin, end, scratch);
+template <class F> void form_rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {
+  if (!call.across) along_rows<F>(call, begin, end, scratch, team);
+  else if (call.loss && call.grad.data) across_rows<F, true>(call, begin, end, scratch);
+  else across_rows<F, false>(call, begin, end, scratch);
 }
 
-template <class T> void rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
-  const bool cap = call.options.softcap > 0, dense = call.probs || call.options.label_smoothing > 0;
-  if (cap && dense) return form_rows<Form<T, true, true>>(call, begin, end, scratch);
-  if (cap) return form_rows<Form<T, true, false>>(call, begin, end, scratch);
-  if (dense) return form_rows<Form<T, false, true>>(call, begin, end, scratch);
-  form_rows<Form<T, false, false>>(call, begin, end, scratch);
+template <class T> void rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {
+  const Options& o = call.options;
+  const bool changed = o.logit_scale != 1 || o.softcap > 0, dense = call.probs || o.label_smoothing > 0;
+  if (changed && dense) return form_rows<Form<T, true, true>>(call, begin, end, scratch, team);
+  if (changed) return form_rows<Form<T, true, false>>(call, begin, end, scratch, team);
+  if (dense) return form_rows<Form<T, false, true>>(call, begin, end, scratch, team);
+  form_rows<Form<T, false, false>>(call, begin, end, scratch, team);
 }
 
 const RowsFunction rows_functions[4] = {rows<float>, rows<double>, rows<bfloat16>, rows<float16>};  // by DType

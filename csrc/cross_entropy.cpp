@@ -1,8 +1,14 @@
 // One call around its rows: check the targets, find the divisor, share the rows among threads, reduce.
 #include "cross_entropy.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <thread>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #ifdef __linux__
 #include <pthread.h>
 #include <sys/mman.h>
@@ -11,6 +17,12 @@
 #include "dispatch.h"
 
 namespace fused_ce {
+
+// Not OpenMP's, which would hold up the other teams too.
+struct Barrier {
+  std::atomic<int> arrived{0}, round{0};
+};
+
 namespace {
 
 // Below this many bytes of logits a second thread is taken to cost more than it saves (not measured on an idle
@@ -40,60 +52,132 @@ void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-// Rows in lanes: three vectors a class. Classes in lanes: one number a class, and one a block of (at least 1,024).
+// Rows in lanes: three vectors a class. Classes in lanes: one number a class, and what a block of them gives.
 int64_t scratch_bytes(const Call& call) {
-  return call.across ? 3 * call.C * WIDEST_VECTOR : (call.C + call.C / 1024 + 1) * int64_t(sizeof(double));
+  const int64_t bytes = call.across ? 3 * call.C * WIDEST_VECTOR : (call.C + 64) * 8 + (call.C / 1024 + 1) * 64;
+  return (bytes + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
 }
 
-void run_chunk(const Call& call, int64_t begin, int64_t end) {
-  // Kept by each thread: fresh memory of this size would be faulted in, page by page, on every call.
-  thread_local struct Scratch {
-    void* data = nullptr;
-    int64_t bytes = 0;
-    ~Scratch() { std::free(data); }
-  } scratch;
-  const int64_t bytes = (scratch_bytes(call) + WIDEST_VECTOR - 1) & ~(WIDEST_VECTOR - 1);
-  if (bytes > scratch.bytes) {
-    std::free(scratch.data);
-    scratch.data = std::aligned_alloc(WIDEST_VECTOR, bytes);
-    scratch.bytes = scratch.data ? bytes : 0;
-    if (!scratch.data) std::abort();  // out of memory, where no exception can leave the parallel region
+struct Scratch {
+  char* data = nullptr;
+  int64_t bytes = 0;
+
+  char* of(int64_t wanted) {
+    if (wanted > bytes) {
+      std::free(data);
+      data = static_cast<char*>(std::aligned_alloc(WIDEST_VECTOR, wanted));
+      bytes = data ? wanted : 0;
+      if (!data) std::abort();  // out of memory, where no exception can leave the parallel region
+    }
+    return data;
   }
-  isa().rows[int(call.input.dtype)](call, begin, end, scratch.data);
+  ~Scratch() { std::free(data); }
+};
+
+void run_rows(const Call& call, int64_t begin, int64_t end) {
+  thread_local Scratch scratch;  // fresh memory of this size would be faulted in, page by page, on every call
+  if (begin < end) isa().rows[int(call.input.dtype)](call, begin, end, scratch.of(scratch_bytes(call)), {0, 1, nullptr});
 }
 
-void run_rows(const Call& call, [[maybe_unused]] int threads) {
-  const int64_t bytes = call.rows * call.C * size_of(call.input.dtype);
-  if (call.grad.data) advise_huge_pages(call.grad.data, bytes);
+int64_t bytes_of(const Call& call) { return call.rows * call.C * size_of(call.input.dtype); }
+
+// How many threads are worth waking for this many bytes.
+int threads_for([[maybe_unused]] int64_t bytes, [[maybe_unused]] int threads) {
 #ifdef _OPENMP
-  if (threads > call.rows) threads = int(call.rows);
-  if (threads > 1 && !forked && bytes >= SERIAL_BYTES) {
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; t++) run_chunk(call, call.rows * t / threads, call.rows * (t + 1) / threads);
-    return;
-  }
+  if (!forked && bytes >= SERIAL_BYTES) return threads;
 #endif
-  run_chunk(call, 0, call.rows);
+  return 1;
+}
+
+// f(thread, threads) on each of them; OpenMP may give fewer than were wanted.
+template <class Function> void parallel(int threads, Function f) {
+  if (threads == 1) return f(0, 1);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  f(omp_get_thread_num(), omp_get_num_threads());
+#endif
+}
+
+// As many rows as can be shared evenly go to one thread each; what is left, to teams.
+void run_all_rows(const Call& call, int wanted) {
+  const int threads = threads_for(bytes_of(call), wanted);
+  if (call.grad.data) advise_huge_pages(call.grad.data, bytes_of(call));
+  const bool may_team = !call.across && call.C * size_of(call.input.dtype) >= SERIAL_BYTES;
+  const int64_t teams = may_team ? call.rows % threads : 0, bytes = scratch_bytes(call);
+  const std::unique_ptr<Barrier[]> barriers(teams ? new Barrier[teams] : nullptr);
+  Scratch shared;
+  if (teams) shared.of(teams * bytes);
+  parallel(threads, [&](int64_t t, int64_t T) {
+    if (T != threads) return run_rows(call, call.rows * t / T, call.rows * (t + 1) / T);
+    const int64_t alone = call.rows - teams;
+    run_rows(call, alone * t / T, alone * (t + 1) / T);
+    if (!teams) return;
+    const int64_t team = t * teams / T, begin = (team * T + teams - 1) / teams,
+                  end = ((team + 1) * T + teams - 1) / teams;
+    isa().rows[int(call.input.dtype)](call, alone + team, alone + team + 1, shared.data + team * bytes,
+                                      {int(t - begin), int(end - begin), &barriers[team]});
+  });
+}
+
+// What is found out about GROUP rows at a time, so that the order of additions depends on the number of rows alone.
+constexpr int64_t GROUP = 4096;
+template <class Result, class Function> std::vector<Result> by_groups(int64_t rows, int threads, Function f) {
+  const int64_t groups = (rows + GROUP - 1) / GROUP;
+  std::vector<Result> results(groups);
+  parallel(threads, [&](int t, int T) {
+    for (int64_t g = groups * t / T; g < groups * (t + 1) / T; g++)
+      results[g] = f(g * GROUP, g * GROUP + GROUP < rows ? g * GROUP + GROUP : rows);
+  });
+  return results;
+}
+
+struct Tally {
+  int64_t count;   // rows that are not ignored
+  double weights;  // their sum of w_y
+  Refusal refusal;
+};
+
+// One target at a time, by `label(i)`.
+template <class Label> Tally tally(const Call& call, int64_t begin, int64_t end, Label label) {
+  const int64_t ignored = call.options.ignore_index;
+  const uint64_t C = uint64_t(call.C);
+  int64_t count = 0, bad = 0;
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t y = label(i);
+    count += y != ignored;
+    bad += (uint64_t(y) >= C) & (y != ignored);
+  }
+  Tally result{count, double(count), {false, 0}};
+  if (bad)
+    for (int64_t i = begin; !result.refusal.bad; i++)
+      if (uint64_t(label(i)) >= C && label(i) != ignored) result.refusal = {true, label(i)};
+  if (!call.weight || bad) return result;
+  result.weights = 0;
+  for (int64_t i = begin; i < end; i++)
+    if (const int64_t y = label(i); y != ignored)
+      result.weights += call.input.dtype == DType::float64 ? static_cast<const double*>(call.weight)[y]
+                                                           : double(static_cast<const float*>(call.weight)[y]);
+  return result;
 }
 
 // Checks every target and finds what the rows share: the scale and, under a mean, L D / count.
-Refusal prepare(Call& call, Reduction reduction, double num_items, double* divisor) {
+Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, double* divisor) {
   call.L = call.options.lse_square_scale;
   int64_t count = call.rows;
-  double weights = double(count);  // sum of w_y
+  double weights = double(count);
   if (!call.probs) {
-    count = 0;
-    weights = 0;
-    for (int64_t i = 0; i < call.rows; i++) {
-      const int64_t y = call.target_index(i);
-      if (y == call.options.ignore_index) continue;
-      if (y < 0 || y >= call.C) return {true, y};
-      count++;
-      if (!call.weight) continue;
-      weights += call.input.dtype == DType::float64 ? static_cast<const double*>(call.weight)[y]
-                                                    : double(static_cast<const float*>(call.weight)[y]);
+    const int64_t* const packed =  // the usual targets, for a short loop
+        call.target.dtype == DType::int64 && call.dims.rank == 1 && call.target.strides[0] == 1
+            ? static_cast<const int64_t*>(call.target.data)
+            : nullptr;
+    count = 0, weights = 0;
+    for (const Tally& part : by_groups<Tally>(call.rows, threads_for(call.rows * 8, threads), [&](int64_t b, int64_t e) {
+           if (packed) return tally(call, b, e, [&](int64_t i) { return packed[i]; });
+           return tally(call, b, e, [&](int64_t i) { return call.target_at(call.dims.offset(call.target, i)); });
+         })) {
+      if (part.refusal.bad) return part.refusal;
+      count += part.count, weights += part.weights;
     }
-    if (!call.weight) weights = double(count);
   }
   if (reduction == Reduction::mean) {
     const bool given = num_items == num_items;  // not NaN
@@ -133,20 +217,23 @@ void store_number(void* p, int64_t i, DType dtype, double value) {
   }
 }
 
-// The order of the additions depends on the number of rows alone, so any number of threads gives the same bits.
 template <class A>
-void reduce(const A* rows, int64_t n, Reduction reduction, double divisor, void* out, DType dtype) {
+void reduce(const A* rows, int64_t n, Reduction reduction, double divisor, void* out, DType dtype, int threads) {
   if (reduction == Reduction::none) {
     for (int64_t i = 0; i < n; i++) store_number(out, i, dtype, rows[i]);
     return;
   }
-  constexpr int64_t LANES = 16;
-  double sums[LANES] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int64_t j = 0; j < LANES; j++) sums[j] += rows[i + j];
-  for (; i < n; i++) sums[0] += rows[i];
-  for (double sum : sums) total += sum;
+  double total = 0;
+  for (double part : by_groups<double>(n, threads_for(n * 4, threads), [&](int64_t i, int64_t end) {
+         constexpr int64_t LANES = 16;
+         double sums[LANES] = {}, sum = 0;
+         for (; i + LANES <= end; i += LANES)
+           for (int64_t j = 0; j < LANES; j++) sums[j] += rows[i + j];
+         for (; i < end; i++) sums[0] += rows[i];
+         for (double s : sums) sum += s;
+         return sum;
+       }))
+    total += part;
   store_number(out, 0, dtype, total / divisor);
 }
 
@@ -156,23 +243,35 @@ bool lanes_across_rows(int64_t C, int64_t class_stride, int row_dims) {
   return C <= FEW_CLASSES || class_stride != 1 || row_dims > 1;
 }
 
+void Team::wait() const {
+  if (size == 1) return;
+  const int round = barrier->round;
+  if (++barrier->arrived == size) {
+    barrier->arrived = 0;
+    barrier->round++;
+  } else {
+    while (barrier->round == round) std::this_thread::yield();
+  }
+}
+
 Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DType loss_dtype, int threads) {
   double divisor = 1;
-  const Refusal refusal = prepare(call, reduction, num_items, &divisor);
+  const Refusal refusal = prepare(call, reduction, num_items, threads, &divisor);
   if (refusal.bad) return refusal;
   const std::unique_ptr<double[]> losses(new double[call.rows]);  // large enough for either acc
   call.loss = losses.get();
-  run_rows(call, threads);
-  if (call.input.dtype == DType::float64) reduce(losses.get(), call.rows, reduction, divisor, loss, loss_dtype);
-  else reduce(reinterpret_cast<float*>(losses.get()), call.rows, reduction, divisor, loss, loss_dtype);
+  run_all_rows(call, threads);
+  if (call.input.dtype == DType::float64) reduce(losses.get(), call.rows, reduction, divisor, loss, loss_dtype, threads);
+  else
+    reduce(reinterpret_cast<float*>(losses.get()), call.rows, reduction, divisor, loss, loss_dtype, threads);
   return refusal;
 }
 
 Refusal backward(Call call, Reduction reduction, double num_items, int threads) {
   double divisor = 1;
   call.loss = nullptr;
-  const Refusal refusal = prepare(call, reduction, num_items, &divisor);
-  if (!refusal.bad) run_rows(call, threads);
+  const Refusal refusal = prepare(call, reduction, num_items, threads, &divisor);
+  if (!refusal.bad) run_all_rows(call, threads);
   return refusal;
 }
 

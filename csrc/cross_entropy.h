@@ -42,6 +42,12 @@ struct RowDims {
     }
     return result + row * view.strides[0];
   }
+  // Of n rows: mostly neighbours, for which one division does.
+  FUSED_CE_INLINE void offsets(const View& view, int64_t row, int n, int64_t* out) const {
+    const bool neighbours = rank == 1 || row % sizes[rank - 1] + n <= sizes[rank - 1];
+    const int64_t start = offset(view, row);
+    for (int i = 0; i < n; i++) out[i] = neighbours ? start + i * view.strides[rank - 1] : offset(view, row + i);
+  }
 };
 
 // What stands between forward and backward for each row.
@@ -82,15 +88,22 @@ struct Call {
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
   double L;      // lse_square_scale D / count under a mean, because the z-loss is divided by the count instead
 
-  FUSED_CE_INLINE int64_t target_index(int64_t row) const {
-    const int64_t offset = dims.offset(target, row);
+  FUSED_CE_INLINE int64_t target_at(int64_t offset) const {
     return target.dtype == DType::uint8 ? static_cast<const uint8_t*>(target.data)[offset]
                                         : static_cast<const int64_t*>(target.data)[offset];
   }
 };
 
+// The threads that share a row. All of them call a RowsFunction with the same rows and the same scratch.
+struct Barrier;
+struct Team {
+  int rank, size;
+  Barrier* barrier;
+  void wait() const;  // until all of them are here
+};
+
 // Rows [begin, end) of a call, on the calling thread. `scratch` holds scratch_bytes(call), aligned to 64 bytes.
-using RowsFunction = void (*)(const Call& call, int64_t begin, int64_t end, void* scratch);
+using RowsFunction = void (*)(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team);
 
 // Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on its neighbours.
 bool lanes_across_rows(int64_t C, int64_t class_stride, int row_dims);

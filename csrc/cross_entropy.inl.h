@@ -9,16 +9,15 @@ constexpr int64_t BLOCK = 2048;  // classes
 // rounded the same way every time.
 constexpr int64_t RUN = 8;
 
-// What is settled at compile time: the element type, whether there is a softcap, whether q is more than one class.
-template <class T_, bool CAP_, bool DENSE_> struct Form {
+// What is settled at compile time: the element type, whether z is more than x (CHANGED: a scale or a softcap), whether q
+// is more than one class.
+template <class T_, bool CHANGED_, bool DENSE_> struct Form {
   typedef T_ T;
   typedef typename Simd<T>::A A;
   typedef typename Simd<T>::V V;
   typedef typename Simd<T>::I I;
-  static constexpr bool CAP = CAP_, DENSE = DENSE_;
+  static constexpr bool CHANGED = CHANGED_, DENSE = DENSE_;
   static constexpr int lanes = Constants<A>::lanes;
-  // 16-bit logits mostly differ by numbers that float holds, and over many classes the rest averages out.
-  static constexpr bool EXACT = sizeof(T) == sizeof(float);
 };
 
 #define TYPES(F) \
@@ -34,36 +33,33 @@ template <class T_, bool CAP_, bool DENSE_> struct Form {
 // [1] transform
 template <class F> INLINE typename F::V transform(typename F::V x, const Options& o) {
   TYPES(F);
-  V z = x * A(o.logit_scale);
-  if constexpr (F::CAP) z = A(o.softcap) * tanh<A, V, I>(z * A(1 / o.softcap));
-  return z;
+  if constexpr (!F::CHANGED) return x;
+  const V z = x * A(o.logit_scale);
+  return o.softcap > 0 ? A(o.softcap) * tanh<A, V, I>(z * A(1 / o.softcap)) : z;
 }
 
 // [2] transform_grad
 template <class F> INLINE typename F::V transform_grad(typename F::V x, const Options& o) {
   TYPES(F);
-  if constexpr (!F::CAP) return splat(A(o.logit_scale));
-  return A(o.logit_scale) * sech2<A, V, I>(x * A(o.logit_scale) * A(1 / o.softcap));
+  const V k = splat(A(o.logit_scale));
+  return F::CHANGED && o.softcap > 0 ? k * sech2<A, V, I>(x * k * A(1 / o.softcap)) : k;
 }
 
-// f(begin, end) for the blocks of a row.
-template <class Function> INLINE void blocks(int64_t C, Function f) {
-  for (int64_t begin = 0; begin < C; begin += BLOCK) f(begin, begin + BLOCK < C ? begin + BLOCK : C);
-}
-
-// f(x, z, class, lanes in use) for the vectors of a block; z past the end holds `fill`, put there after the
-// transform: a softcap would turn a padding of -inf into -s.
+// f(x, z, class, lanes in use, 0 or 1 in turns) for the vectors of a block; z past the end holds `fill`, put there after
+// the transform: a softcap would turn a padding of -inf into -s. In turns: two sums wait half as long for each other.
 template <class F, class Function>
 INLINE void each(const typename F::T* x, int64_t begin, int64_t end, const Options& o, typename F::A fill, Function f) {
   TYPES(F);
-  int64_t c = begin;
-  for (; c + F::lanes <= end; c += F::lanes) {
+  const auto whole = [&](int64_t c, int turn) LAMBDA {
     const V x_c = load(x + c);
-    f(x_c, transform<F>(x_c, o), c, F::lanes);
-  }
+    f(x_c, transform<F>(x_c, o), c, F::lanes, turn);
+  };
+  int64_t c = begin;
+  for (; c + 2 * F::lanes <= end; c += 2 * F::lanes) whole(c, 0), whole(c + F::lanes, 1);
+  if (c + F::lanes <= end) whole(c, 0), c += F::lanes;
   if (c < end) {
     const V x_c = load_first(x + c, end - c);
-    f(x_c, keep_first<A>(transform<F>(x_c, o), end - c, fill), c, int(end - c));
+    f(x_c, keep_first<A>(transform<F>(x_c, o), end - c, fill), c, int(end - c), 1);
   }
 }
 
@@ -81,17 +77,12 @@ template <class A> void spread_q(A* q, const Call& call, int64_t t_offset, int64
   }
 }
 
-struct Sums {
-  Stats stats;
-  double below;  // sum of q_c (m - z_c), spread part
-};
-
 // The largest logit, which is left out of the sum when no target is named; a NaN counts as largest, as in torch.
 template <class F> int64_t largest(const typename F::T* x, int64_t C, const Options& o) {
   TYPES(F);
   A best = -A(__builtin_inff());
   int64_t y = 0;
-  each<F>(x, 0, C, o, best, [&](V, V z, int64_t c, int n) LAMBDA {
+  each<F>(x, 0, C, o, best, [&](V, V z, int64_t c, int n, int) LAMBDA {
     const I above = (z > best) | (z != z);
     bool some = false;
     for (int i = 0; i < F::lanes; i++) some |= above[i] != 0;
@@ -102,67 +93,79 @@ template <class F> int64_t largest(const typename F::T* x, int64_t C, const Opti
   return y;
 }
 
-// exp(z_c - m) of a row, kept by row_lse for row_grad: one exponential a class instead of two. m is not known until
-// the row's end, so each block's are relative to the largest z up to there.
-template <class A> struct Kept {
-  A* e;      // (C)
-  A* shift;  // (number of blocks)
+// What one block gives to its row's sums, relative to a shift of its own: no block waits for another, and a row's bits
+// are the same however many threads share it.
+template <class A> struct Part {
+  A m, above;          // the block's largest z, and what `below` and `heat` are measured from: m, or 0 if that is -inf
+  double shift;        // so is a sum of exp(z - shift)
+  double so, rest, q;  // see Stats; q: all of the spread part
+  double below, heat;  // sums of q_c (above - z_c) and of exp(z_c - shift) (above - z_c)
 };
 
 // [3] row_lse
 template <class F, bool KEEP>
-Sums row_lse(const typename F::T* x, int64_t y, const Call& call, int64_t t_offset, Kept<typename F::A> kept) {
+Part<typename F::A> row_lse(typename F::A* kept, const typename F::T* x, int64_t y, const Call& call, int64_t t_offset,
+                            int64_t begin, int64_t end) {
   TYPES(F);
   const A inf = A(__builtin_inff());
-  const Options& o = call.options;
-  const int64_t y_vector = y - y % F::lanes;
-  A m = -inf, q[F::DENSE ? BLOCK : 1];
-  double so = 0, rest = 0, below = 0, q_seen = 0;
-  blocks(call.C, [&](int64_t begin, int64_t end) LAMBDA {
-    V block_max = splat(-inf);
-    each<F>(x, begin, end, o, -inf, [&](V, V z, int64_t, int) LAMBDA { block_max = max(z, block_max); });
-    const A larger = lane_max<A>(block_max);
-    if (larger > m) {
-      so *= __builtin_exp(double(m) - double(larger));
-      if (q_seen != 0) below += q_seen * (double(larger) - double(m));
-      m = larger;
-    }
-    // While all classes so far are -inf, (-inf) - (-inf) would make NaN of a zero.
-    const A shift = m == -inf ? A(0) : m;
-    V total = {}, lost = {}, sum_below = {}, sum_q = {};
-    if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
-    for (int64_t run = begin; run < end; run += RUN * F::lanes) {
-      V sum = {};
-      const int64_t run_end = run + RUN * F::lanes < end ? run + RUN * F::lanes : end;
-      each<F>(x, run, run_end, o, -inf, [&](V, V z, int64_t c, int n) LAMBDA {
-        __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
-        if constexpr (F::DENSE) {
-          V q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
-          sum_below += keep_first<A>(q_c * (shift - z), n, A(0));
-          if (c == y_vector) q_seen += q_c[y - c], q_c[y - c] = 0;
-          sum_q += q_c;
-        }
-        if (c == y_vector) z[y - c] = -inf;
-        const V e_c = exp_minus<A, F::EXACT>(z, splat(shift));
-        sum += e_c;
-        if constexpr (KEEP) {
-          if (n == F::lanes) store(kept.e + c, e_c);
-          else store_first(kept.e + c, e_c, n);
-        }
-      });
-      add(total, lost, sum);
-    }
-    if constexpr (KEEP) kept.shift[begin / BLOCK] = m;  // -inf: all of the block's exponentials are 0
-    so += lane_sum<A>(total) + lane_sum<A>(lost);
-    if constexpr (F::DENSE) {
-      const double block_rest = lane_sum<A>(sum_q);
-      rest += block_rest;
-      q_seen += block_rest;
-      below += lane_sum<A>(sum_below);
-    }
-  });
-  return {{double(m), so, rest, double(y)}, below};
+  const Options o = call.options;
+  const bool wants_heat = call.extras;
+  V most[2] = {splat(-inf), splat(-inf)};
+  each<F>(x, begin, end, o, -inf, [&](V, V z, int64_t, int, int turn) LAMBDA { most[turn] = max(z, most[turn]); });
+  const A m = lane_max<A>(max(most[0], most[1]));
+  // Where all classes are -inf, (-inf) - (-inf) would make NaN of a zero.
+  const A above = m == -inf ? A(0) : m;
+  const Shifted<A> shifted(above);
+  V total = {}, lost = {}, sum_below = {}, sum_q = {}, heat = {};
+  A q[F::DENSE ? BLOCK : 1];
+  double q_y = 0;
+  if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
+  for (int64_t run = begin; run < end; run += 2 * RUN * F::lanes) {
+    V sum[2] = {};
+    const int64_t run_end = run + 2 * RUN * F::lanes < end ? run + 2 * RUN * F::lanes : end;
+    each<F>(x, run, run_end, o, -inf, [&](V, V z, int64_t c, int n, int turn) LAMBDA {
+      __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
+      const bool holds_y = c <= y && y < c + n;
+      if constexpr (F::DENSE) {
+        V q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
+        sum_below += keep_first<A>(q_c * (above - z), n, A(0));
+        if (holds_y) q_y = q[y - begin], q_c = lane_is<I>(y - c) ? V{} : q_c;
+        sum_q += q_c;
+      }
+      if (holds_y) z = lane_is<I>(y - c) ? splat(-inf) : z;
+      const V e_c = shifted.exp(z);
+      sum[turn] += e_c;
+      if (wants_heat) heat += e_c == 0 ? e_c : e_c * (above - z);
+      if constexpr (KEEP) {
+        if (n == F::lanes) store(kept + c, e_c);
+        else store_first(kept + c, e_c, n);
+      }
+    });
+    add(total, lost, sum[0] + sum[1]);
+  }
+  const double rest = lane_sum(sum_q, V{});
+  return {m, above, m == -inf ? double(m) : shifted.shift, lane_sum(total, lost), rest, rest + q_y,
+          lane_sum(sum_below, V{}), lane_sum(heat, V{})};
 }
+
+// A whole row's sums, relative to its largest z.
+template <class A> struct Sums {
+  double m, so = 0, rest = 0, below = 0, heat = 0;
+
+  INLINE Sums(const Part<A>* parts, int64_t n) : m(parts[0].m) {
+    for (int64_t b = 1; b < n; b++) m = parts[b].m > m ? double(parts[b].m) : m;
+    for (int64_t b = 0; b < n; b++) {
+      const Part<A>& part = parts[b];
+      const double factor = __builtin_exp(part.shift - m), rise = m - double(part.above);
+      so += part.so * factor;
+      rest += part.rest;
+      below += part.below;
+      if (part.q != 0) below += part.q * rise;
+      if (part.so != 0) heat += (part.heat + part.so * rise) * factor;
+    }
+  }
+  INLINE explicit Sums(const Stats& stats) : m(stats.m), so(stats.so), rest(stats.rest) {}
+};
 
 // What is known of a row once its sums are: S is double for one row (the scalars are few, and the loss keeps every
 // digit), or a vector for a row in each lane. A is what S is made of.
@@ -215,65 +218,53 @@ template <class A> A spread_q_at(const Call& call, int64_t t_offset, int64_t y) 
 
 // [5] row_grad
 template <class F, bool KEEP>
-void row_grad(typename F::T* dx, const typename F::T* x, const Stats& stats, typename F::V x_y,
-              const Slope<double, double>& slope, const Call& call, int64_t t_offset, Kept<typename F::A> kept) {
+void row_grad(typename F::T* dx, const typename F::A* kept, double shift, const typename F::T* x, int64_t y,
+              typename F::V x_y, const Sums<typename F::A>& sums, const Slope<double, double>& slope, const Call& call,
+              int64_t t_offset, int64_t begin, int64_t end) {
   TYPES(F);
-  const Options& o = call.options;
-  const A m = A(stats.m), scale = A(slope.scale);
+  const Options o = call.options;
+  const Shifted<A> shifted{A(sums.m)};
+  // Without a softcap dz/dx is the same number everywhere.
+  const bool capped = F::CHANGED && o.softcap > 0;
+  const double k = capped ? 1 : o.logit_scale;
+  const A p = A(k * slope.p * __builtin_exp((KEEP ? shift : shifted.shift) - sums.m)), scale = A(k * slope.scale);
   A q[F::DENSE ? BLOCK : 1];
-  blocks(call.C, [&](int64_t begin, int64_t end) LAMBDA {
-    if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
-    const A p = A(KEEP ? slope.p * __builtin_exp(double(kept.shift[begin / BLOCK]) - stats.m) : slope.p);
-    each<F>(x, begin, end, o, A(0), [&](V x_c, V z, int64_t c, int n) LAMBDA {
-      const bool whole = n == F::lanes;
-      V dz;
-      if constexpr (KEEP) dz = p * (whole ? load(kept.e + c) : load_first(kept.e + c, n));
-      else dz = p * exp_minus<A, F::EXACT>(z, splat(m));
-      if constexpr (F::DENSE) dz -= scale * (whole ? load(q + c - begin) : load_first(q + c - begin, n));
-      const V result = dz * transform_grad<F>(x_c, o);
-      if (whole) store(dx + c, result);
-      else store_first(dx + c, result, n);
-    });
+  if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
+  each<F>(x, begin, end, o, A(0), [&](V x_c, V z, int64_t c, int n, int) LAMBDA {
+    const bool whole = n == F::lanes;
+    V dx_c;
+    if constexpr (KEEP) dx_c = p * (whole ? load(kept + c) : load_first(kept + c, n));
+    else dx_c = p * shifted.exp(z);
+    if constexpr (F::DENSE) dx_c -= scale * (whole ? load(q + c - begin) : load_first(q + c - begin, n));
+    if (capped) dx_c *= transform_grad<F>(x_c, o);
+    if (whole) store(dx + c, dx_c);
+    else store_first(dx + c, dx_c, n);
   });
-  store_first(dx + int64_t(stats.y), A(slope.dz_y) * transform_grad<F>(x_y, o), 1);
+  if (begin <= y && y < end) store_first(dx + y, A(slope.dz_y) * transform_grad<F>(x_y, o), 1);
 }
 
 // d loss / d t_c = (1 - e) w_c (lse - z_c), for probabilities that ask for a gradient.
 template <class F>
-void target_grad(const typename F::T* x, const Stats& stats, const Row<double, double>& row, const Call& call,
-                 int64_t offset, double scale) {
+void target_grad(const typename F::T* x, double m, double lse_m, const Call& call, int64_t offset, double scale,
+                 int64_t begin, int64_t end) {
   TYPES(F);
   const A* w = static_cast<const A*>(call.weight);
-  const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(row.lse_m), m = A(stats.m);
+  const A share = A(scale * (1 - call.options.label_smoothing));
   A dt[BLOCK];
-  blocks(call.C, [&](int64_t begin, int64_t end) LAMBDA {
-    each<F>(x, begin, end, call.options, A(0), [&](V, V z, int64_t c, int n) LAMBDA {
-      V result = share * (lse_m + (m - z));
-      if (w) result *= n == F::lanes ? load(w + c) : load_first(w + c, n);
-      store_first(dt + c - begin, result, n);
-    });
-    write_elements(call.d_target.data, call.d_target.dtype, offset + begin * call.d_target.class_stride,
-                   call.d_target.class_stride, dt, end - begin);
+  each<F>(x, begin, end, call.options, A(0), [&](V, V z, int64_t c, int n, int) LAMBDA {
+    V result = share * (A(lse_m) + (A(m) - z));
+    if (w) result *= n == F::lanes ? load(w + c) : load_first(w + c, n);
+    store_first(dt + c - begin, result, n);
   });
+  write_elements(call.d_target.data, call.d_target.dtype, offset + begin * call.d_target.class_stride,
+                 call.d_target.class_stride, dt, end - begin);
 }
 
-// The entropy of p: lse - sum of p_c z_c = lse_m + sum of p_c (m - z_c), and which logit is the largest.
-template <class F>
-Extras row_extras(const typename F::T* x, const Stats& stats, const Row<double, double>& row, const Call& call) {
-  TYPES(F);
-  const A m = A(stats.m);
-  double sum = 0;
-  blocks(call.C, [&](int64_t begin, int64_t end) LAMBDA {
-    V block_sum = {};
-    each<F>(x, begin, end, call.options, -A(__builtin_inff()), [&](V, V z, int64_t, int) LAMBDA {
-      const V e_c = exp<A, V, I>(z - m);
-      block_sum += e_c == 0 ? e_c : e_c * (m - z);
-    });
-    sum += lane_sum<A>(block_sum);
-  });
-  const double lse = stats.m + row.lse_m, L = call.options.lse_square_scale;
-  return {lse, L == 0 ? 0.0 : L * lse * lse, row.lse_m + sum / (stats.so + row.e_y),
-          largest<F>(x, call.C, call.options)};
+// The entropy of p is lse - sum of p_c z_c = lse_m + sum of p_c (m - z_c).
+template <class A>
+Extras row_extras(const Sums<A>& sums, const Row<double, double>& row, double L, int64_t argmax) {
+  const double lse = sums.m + row.lse_m, heat = sums.heat + (row.e_y == 0 ? 0 : row.e_y * (sums.m - row.z_y));
+  return {lse, L == 0 ? 0.0 : L * lse * lse, row.lse_m + heat / (sums.so + row.e_y), argmax};
 }
 
 template <class A> void write_row(const Call& call, int64_t row, double loss, const Stats& stats) {
@@ -287,40 +278,57 @@ template <class A> void write_ignored(const Call& call, int64_t row) {
   if (call.extras) call.extras[row] = Extras{0, 0, 0, -1};
 }
 
-template <class F> void along_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
+// Each row by the whole team: its members take blocks, and wait for each other where one reads what another wrote.
+template <class F> void along_rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {
   TYPES(F);
   const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
-  A* const shift = static_cast<A*>(scratch);
+  const int64_t C = call.C, count = (C + BLOCK - 1) / BLOCK;
+  A* const spare = static_cast<A*>(scratch);
+  Part<A>* const parts = reinterpret_cast<Part<A>*>(spare + (C + F::lanes - 1) / F::lanes * F::lanes);
+  const bool first = team.rank == 0;
+  const auto my_blocks = [&](auto work) LAMBDA {
+    for (int64_t b = count * team.rank / team.size; b < count * (team.rank + 1) / team.size; b++)
+      work(b, b * BLOCK, b * BLOCK + BLOCK < C ? b * BLOCK + BLOCK : C);
+  };
   for (int64_t i = begin; i < end; i++) {
     const T* x = static_cast<const T*>(call.input.data) + call.dims.offset(call.input, i);
     T* dx = call.grad.data ? static_cast<T*>(call.grad.data) + call.dims.offset(call.grad, i) : nullptr;
     const int64_t t_offset = call.probs ? call.dims.offset(call.target, i) : 0;
-    int64_t y = call.probs ? 0 : call.target_index(i);
+    int64_t y = call.probs ? 0 : call.target_at(call.dims.offset(call.target, i));
     if (!call.probs && y == call.options.ignore_index) {
-      write_ignored<A>(call, i);
-      if (dx) __builtin_memset(dx, 0, call.C * sizeof(T));
+      if (first) write_ignored<A>(call, i);
+      if (first && dx) __builtin_memset(dx, 0, C * sizeof(T));
       continue;
     }
-    if (call.probs) y = call.loss ? largest<F>(x, call.C, call.options) : int64_t(call.stats[i].y);
-    const V x_y = load_first(x + y, 1);  // before dx, which may be x, is written
-    const bool keep = call.loss && dx;
+    const int64_t top = call.loss && (call.probs || (call.extras && first)) ? largest<F>(x, C, call.options) : 0;
+    if (call.probs) y = call.loss ? top : int64_t(call.stats[i].y);
+    const V x_y = load_first(x + y, 1);  // before anyone writes dx, which may be x
     // Where dx has room for acc and x is not needed again, the exponentials wait in it for their factor.
-    const bool in_dx = sizeof(T) == sizeof(A) && !F::CAP && !call.extras;
-    const Kept<A> kept = {in_dx ? reinterpret_cast<A*>(dx) : shift + (call.C + BLOCK - 1) / BLOCK, shift};
-    const Sums sums = !call.loss ? Sums{call.stats[i], 0}
-                      : keep     ? row_lse<F, true>(x, y, call, t_offset, kept)
-                                 : row_lse<F, false>(x, y, call, t_offset, kept);
-    const Stats& stats = sums.stats;
+    const bool in_dx = sizeof(T) == sizeof(A) && !(F::CHANGED && call.options.softcap > 0);
+    const bool keep = call.loss && dx;
+    A* const kept = in_dx ? reinterpret_cast<A*>(dx) : spare;
+    team.wait();
+    if (call.loss)
+      my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
+        parts[b] = keep ? row_lse<F, true>(kept, x, y, call, t_offset, from, to)
+                        : row_lse<F, false>(nullptr, x, y, call, t_offset, from, to);
+      });
+    team.wait();
+    const Sums<A> sums = call.loss ? Sums<A>(parts, count) : Sums<A>(call.stats[i]);
     const double own = own_q<A>(call, y), spread = spread_q_at<A>(call, t_offset, y);
     const double z_y = transform<F>(x_y, call.options)[0];
-    const Row<double, double> row(stats.m, stats.so, stats.rest, sums.below, z_y, own, own + spread);
-    if (call.loss) write_row<A>(call, i, row_loss(row, call), stats);
-    if (call.extras) call.extras[i] = row_extras<F>(x, stats, row, call);
+    const Row<double, double> row(sums.m, sums.so, sums.rest, sums.below, z_y, own, own + spread);
+    if (call.loss && first) write_row<A>(call, i, row_loss(row, call), Stats{sums.m, sums.so, sums.rest, double(y)});
+    if (call.extras && first) call.extras[i] = row_extras(sums, row, call.options.lse_square_scale, top);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);
     const Slope<double, double> slope(row, call, scale, g_lse ? double(g_lse[i]) : 0.0);
-    if (call.d_target.data) target_grad<F>(x, stats, row, call, call.dims.offset(call.d_target, i), scale);
-    if (!dx) continue;
-    if (keep) row_grad<F, true>(dx, x, stats, x_y, slope, call, t_offset, kept);
-    else row_grad<F, false>(dx, x, stats, x_y, slope, call, t_offset, kept);
+    const int64_t dt_offset = call.d_target.data ? call.dims.offset(call.d_target, i) : 0;
+    my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
+      if (call.d_target.data) target_grad<F>(x, sums.m, row.lse_m, call, dt_offset, scale, from, to);
+      if (!dx) return;
+      if (keep) row_grad<F, true>(dx, kept, parts[b].shift, x, y, x_y, sums, slope, call, t_offset, from, to);
+      else row_grad<F, false>(dx, nullptr, 0, x, y, x_y, sums, slope, call, t_offset, from, to);
+    });
+    team.wait();
   }
 }
