@@ -5,79 +5,85 @@
 // One tensor's elements for a bundle of rows, class by class: a row to each lane.
 template <class F> struct Lanes {
   TYPES(F);
-  T* p[F::lanes];
-  const int64_t stride, C;
+  const Call& call;
+  const View& view;
+  const int64_t first, C;
   const int n;
-  bool side_by_side, one_by_one;  // rows lie next to each other; neither rows nor classes do
+  T* const start;      // class 0 of row `first`
+  const int64_t step;  // from row to row
+  enum { SIDE_BY_SIDE, ROW_BY_ROW, ONE_BY_ONE } way;
 
   INLINE Lanes(const Call& call, const View& view, int64_t first, int n)
-      : stride(view.class_stride), C(call.C), n(n) {
-    int64_t offsets[F::lanes];
-    call.dims.offsets(view, first, n, offsets);
-    side_by_side = n == F::lanes;
-    for (int i = 0; i < n; i++) {
-      p[i] = static_cast<T*>(view.data) + offsets[i];
-      side_by_side &= offsets[i] == offsets[0] + i;
-    }
-    one_by_one = !side_by_side && stride != 1;
+      : call(call), view(view), first(first), C(call.C), n(n),
+        start(static_cast<T*>(view.data) + call.dims.offset(view, first)), step(view.strides[call.dims.rank - 1]) {
+    if (!call.dims.in_line(first, n)) way = ONE_BY_ONE;
+    else if (n == F::lanes && step == 1) way = SIDE_BY_SIDE;
+    else way = view.class_stride == 1 ? ROW_BY_ROW : ONE_BY_ONE;
   }
 
-  // f(c, classes c of all rows). `raw` holds (C, lanes) elements.
+  // f(c, class c of all rows). `raw` has room for (C, lanes) elements.
   template <class Function> INLINE void read(T* raw, Function f) const {
-    if (side_by_side) {
-      for (int64_t c = 0; c < C; c++) f(c, load(p[0] + c * stride));
-    } else if (one_by_one) {
-      // As vectors only when all of it is there: one read right behind the narrow writes that make it up would wait.
-      for (int i = 0; i < n; i++)
-#pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = p[i][c * stride];
-      for (int i = n; i < F::lanes; i++)
-        for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = T{};
-      for (int64_t c = 0; c < C; c++) f(c, load(raw + c * F::lanes));
-    } else {
-      V tile[F::lanes];
+    if (way == SIDE_BY_SIDE) {
+      for (int64_t c = 0; c < C; c++) f(c, load(start + c * view.class_stride));
+    } else if (way == ROW_BY_ROW) {
       for (int64_t c = 0; c < C; c += F::lanes) {
         const int64_t count = C - c < F::lanes ? C - c : F::lanes;
-#pragma GCC unroll 16
-        for (int i = 0; i < F::lanes; i++) tile[i] = i < n ? read_some(i, c, count) : V{};
-        transpose(tile);
-        for (int64_t j = 0; j < count; j++) f(c + j, tile[j]);
+        // A whole vector where what follows the row is the bundle's own.
+        const int64_t whole = count == F::lanes ? n : step > 0 ? n - 1 - (F::lanes - count) / step : 0;
+        const Tile<V> tile = transpose(read_tile(c, count, whole, InOrder<V>{}));
+        for (int64_t j = 0; j < count; j++) f(c + j, tile.v[j]);
       }
+    } else {
+      // As vectors only when all of it is there: one read right behind the narrow writes that make it up would wait.
+      each_row([&](int i, T* p) LAMBDA {
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < C; c++) raw[c * F::lanes + i] = p ? p[c * view.class_stride] : T{};
+      });
+      for (int64_t c = 0; c < C; c++) f(c, load(raw + c * F::lanes));
     }
   }
   // f(c): the vector to write for class c.
   template <class Function> INLINE void write(T* raw, Function f) const {
-    if (side_by_side) {
-      for (int64_t c = 0; c < C; c++) store(p[0] + c * stride, f(c));
-    } else if (one_by_one) {
-      for (int64_t c = 0; c < C; c++) store(raw + c * F::lanes, f(c));
-      for (int i = 0; i < n; i++)
-#pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++) p[i][c * stride] = raw[c * F::lanes + i];
-    } else {
-      V tile[F::lanes];
+    if (way == SIDE_BY_SIDE) {
+      for (int64_t c = 0; c < C; c++) store(start + c * view.class_stride, f(c));
+    } else if (way == ROW_BY_ROW) {
       // The last classes first, so that what they write past a row's end is written over by the next row.
       for (int64_t c = (C - 1) / F::lanes * F::lanes; c >= 0; c -= F::lanes) {
         const int64_t count = C - c < F::lanes ? C - c : F::lanes;
-        for (int64_t j = 0; j < count; j++) tile[j] = f(c + j);
-        for (int64_t j = count; j < F::lanes; j++) tile[j] = V{};
-        transpose(tile);
-#pragma GCC unroll 16
-        for (int i = 0; i < F::lanes; i++)
-          if (i < n) write_some(i, c, count, tile[i]);
+        const int64_t whole = count == F::lanes ? n : step == C ? n - 1 - (F::lanes - count) / C : 0;
+        write_tile(transpose(tile_of(c, f, InOrder<V>{})), c, count, whole, InOrder<V>{});
       }
+    } else {
+      for (int64_t c = 0; c < C; c++) store(raw + c * F::lanes, f(c));
+      each_row([&](int i, T* p) LAMBDA {
+        if (!p) return;
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < C; c++) p[c * view.class_stride] = raw[c * F::lanes + i];
+      });
     }
   }
 
  private:
-  // A whole vector where what follows the row is the bundle's own.
-  INLINE V read_some(int i, int64_t c, int64_t count) const {
-    return count == F::lanes || p[i] + c + F::lanes <= p[n - 1] + C ? load(p[i] + c) : load_first(p[i] + c, count);
+  INLINE V read_row(int i, int64_t c, int64_t count, int64_t whole) const {
+    return i < whole ? load(start + i * step + c) : i < n ? load_first(start + i * step + c, count) : V{};
   }
-  INLINE void write_some(int i, int64_t c, int64_t count, V v) const {
-    if (count == F::lanes || (i + 1 < n && p[i + 1] == p[i] + C && p[i] + c + F::lanes <= p[n - 1] + C))
-      store(p[i] + c, v);
-    else store_first(p[i] + c, v, count);
+  template <int... i> INLINE Tile<V> read_tile(int64_t c, int64_t count, int64_t whole, Order<i...>) const {
+    return {{read_row(i, c, count, whole)...}};
+  }
+  template <class Function, int... j> INLINE Tile<V> tile_of(int64_t c, Function f, Order<j...>) const {
+    return {{(c + j < C ? f(c + j) : V{})...}};
+  }
+  INLINE void write_row(int i, V v, int64_t c, int64_t count, int64_t whole) const {
+    if (i < whole) store(start + i * step + c, v);
+    else if (i < n) store_first(start + i * step + c, v, count);
+  }
+  template <int... i>
+  INLINE void write_tile(const Tile<V>& tile, int64_t c, int64_t count, int64_t whole, Order<i...>) const {
+    (write_row(i, tile.v[i], c, count, whole), ...);
+  }
+  template <class Function> INLINE void each_row(Function f) const {
+    for (int i = 0; i < F::lanes; i++)
+      f(i, i < n ? static_cast<T*>(view.data) + call.dims.offset(view, first + i) : nullptr);
   }
 };
 
@@ -111,13 +117,22 @@ template <class F> struct Bundle {
   }
 
   INLINE void load_y() {
-    int64_t offsets[F::lanes];
     Index labels[F::lanes] = {}, valid[F::lanes] = {};
-    call.dims.offsets(call.target, first, n, offsets);
-    for (int i = 0; i < n; i++) {
-      const int64_t label = call.target_at(offsets[i]);
+    const auto set = [&](int i, int64_t label) LAMBDA {
       valid[i] = label == o.ignore_index ? 0 : -1;
       labels[i] = Index(label) & valid[i];
+    };
+    const View& target = call.target;
+    if (target.dtype == DType::int64 && call.dims.in_line(first, n)) {
+      const int64_t* p = static_cast<const int64_t*>(target.data) + call.dims.offset(target, first);
+      const int64_t step = target.strides[call.dims.rank - 1];
+      if (n == F::lanes)
+#pragma GCC unroll 16
+        for (int i = 0; i < F::lanes; i++) set(i, p[i * step]);
+      else
+        for (int i = 0; i < n; i++) set(i, p[i * step]);
+    } else {
+      for (int i = 0; i < n; i++) set(i, call.target_at(call.dims.offset(target, first + i)));
     }
     y = read<I>(labels), counts = read<I>(valid);
   }
@@ -187,9 +202,9 @@ template <class F> struct Bundle {
   }
 
   INLINE Row<V, A> row() const {
-    A own_of[F::lanes];
-    for (int i = 0; i < F::lanes; i++) own_of[i] = own_q<A>(call, call.weight ? y[i] : 0);
-    const V own = load(own_of);
+    V own = splat(own_q<A>(call, 0));
+    if (call.weight && !call.probs)
+      for (int i = 0; i < n; i++) own[i] = own_q<A>(call, y[i]);
     return Row<V, A>(m, so, rest, below, z_y, own, own + q_y);
   }
 

@@ -32,7 +32,7 @@ constexpr int64_t HUGE_PAGE = 1 << 21;
 constexpr int64_t WIDEST_VECTOR = 64;  // bytes
 
 // Up to this many classes a row's vectors are so few that lanes across rows win.
-constexpr int64_t FEW_CLASSES = 64;
+constexpr int64_t FEW_CLASSES = 256;
 
 // A forked child inherits the memory of libgomp's thread pool but not its threads: a parallel region would wait for
 // them for ever.
@@ -52,9 +52,10 @@ void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-// Rows in lanes: three vectors a class. Classes in lanes: one number a class, and what a block of them gives.
+// Rows in lanes: three vectors a class. Classes in lanes: one number a class, and what a block of them (at least 1,024)
+// gives.
 int64_t scratch_bytes(const Call& call) {
-  const int64_t bytes = call.across ? 3 * call.C * WIDEST_VECTOR : (call.C + 64) * 8 + (call.C / 1024 + 1) * 64;
+  const int64_t bytes = call.across ? 3 * call.C * WIDEST_VECTOR : (call.C + 16) * 8 + (call.C / 1024 + 1) * 128;
   return (bytes + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
 }
 

@@ -42,11 +42,9 @@ struct RowDims {
     }
     return result + row * view.strides[0];
   }
-  // Of n rows: mostly neighbours, for which one division does.
-  FUSED_CE_INLINE void offsets(const View& view, int64_t row, int n, int64_t* out) const {
-    const bool neighbours = rank == 1 || row % sizes[rank - 1] + n <= sizes[rank - 1];
-    const int64_t start = offset(view, row);
-    for (int i = 0; i < n; i++) out[i] = neighbours ? start + i * view.strides[rank - 1] : offset(view, row + i);
+  // Whether n rows from here on are evenly spaced, by the last stride.
+  FUSED_CE_INLINE bool in_line(int64_t row, int64_t n) const {
+    return rank == 1 || row % sizes[rank - 1] + n <= sizes[rank - 1];
   }
 };
 

@@ -87,22 +87,18 @@ template <int half, class V, int... i> INLINE V zip(V a, V b, Order<i...>) {  //
   return pick(a, b, Order<(half * lanes_of<V> + i) / 2 + i % 2 * lanes_of<V>...>{});
 }
 
-// v[i] lane j becomes v[j] lane i. Zipping the first half of the rows with the second moves the row's highest bit to
-// the lane's lowest; after as many rounds as a lane number has bits, the two have changed places.
-template <class V> INLINE void transpose(V* v) {
-  constexpr int L = lanes_of<V>;
-  V zipped[L];
-#pragma GCC unroll 8
-  for (int round = 1; round < L; round *= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; i++) {
-      zipped[2 * i] = zip<0>(v[i], v[i + L / 2], InOrder<V>{});
-      zipped[2 * i + 1] = zip<1>(v[i], v[i + L / 2], InOrder<V>{});
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i++) v[i] = zipped[i];
-  }
+// As many vectors as lanes. Pack expansions rather than loops: g++ keeps in memory what a loop indexes.
+template <class V> struct Tile { V v[lanes_of<V>]; };
+template <class V, int... i> INLINE Tile<V> zip_halves(const Tile<V>& t, Order<i...> order) {
+  return {{zip<i % 2>(t.v[i / 2], t.v[(i + lanes_of<V>) / 2], order)...}};
 }
+// v[i] lane j becomes v[j] lane i. Zipping the first half with the second makes the highest bit of a vector's number the
+// lowest of a lane's; after as many rounds as a number has bits, the two have changed places.
+template <int rounds, class V> INLINE Tile<V> transpose(const Tile<V>& t) {
+  if constexpr (rounds == 1) return t;
+  else return transpose<rounds / 2>(zip_halves(t, InOrder<V>{}));
+}
+template <class V> INLINE Tile<V> transpose(const Tile<V>& t) { return transpose<lanes_of<V>>(t); }
 
 // f(v, v rotated) until one lane has seen all.
 template <int by, class V, class Function> INLINE V fold(V v, Function f) {
