@@ -15,24 +15,26 @@ constexpr int64_t KEEP_GIL = 4096;
 
 [[noreturn]] void refuse(const std::string& message) { throw py::value_error(message); }
 
-void* pointer(const py::handle& address) { return reinterpret_cast<void*>(address.cast<uintptr_t>()); }
+// Python's own functions, because pybind11's casts, a dozen a call, take longer than a small kernel.
+int64_t number(const py::tuple& numbers, int64_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(numbers.ptr(), i)); }
+py::tuple part(const py::tuple& fields, int64_t i) {
+  return py::reinterpret_borrow<py::tuple>(PyTuple_GET_ITEM(fields.ptr(), i));
+}
 
 // (pointer, dtype code, sizes, strides) with the class dimension at `class_dim`, or without one (-1); or None.
-View view(const py::handle& tensor, int class_dim, const Call& call) {
+View view(const py::object& tensor, int class_dim, const Call& call) {
   View result{};
   if (tensor.is_none()) return result;
   const auto fields = py::reinterpret_borrow<py::tuple>(tensor);
-  const auto sizes = py::reinterpret_borrow<py::tuple>(fields[2]),
-             strides = py::reinterpret_borrow<py::tuple>(fields[3]);
-  result.data = pointer(fields[0]);
-  result.dtype = DType(fields[1].cast<int>());
+  const auto sizes = part(fields, 2), strides = part(fields, 3);
+  result.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(fields.ptr(), 0));
+  result.dtype = DType(number(fields, 1));
   int d = 0;
-  for (int i = 0; i < int(strides.size()); i++) {
-    const int64_t stride = strides[i].cast<int64_t>(), size = sizes[i].cast<int64_t>();
+  for (int i = 0; i < int(PyTuple_GET_SIZE(strides.ptr())); i++) {
     const bool is_class = i == class_dim;
-    if (d >= MAX_DIMS || size != (is_class ? call.C : call.dims.sizes[d])) refuse("sizes of input and target differ");
-    if (is_class) result.class_stride = stride;
-    else result.strides[d++] = stride;
+    if (d >= MAX_DIMS || number(sizes, i) != (is_class ? call.C : call.dims.sizes[d]))
+      refuse("sizes of input and target differ");
+    (is_class ? result.class_stride : result.strides[d++]) = number(strides, i);
   }
   return result;
 }
@@ -55,23 +57,23 @@ void merge_dims(Call& call) {
 // options: (ignore_index, label_smoothing, logit_scale, softcap or 0, lse_square_scale)
 Call make_call(const py::tuple& input, const py::tuple& target, uintptr_t weight, const py::tuple& options,
                const py::object& grad, const py::object& d_target) {
-  const auto sizes = py::reinterpret_borrow<py::tuple>(input[2]);
+  const auto sizes = part(input, 2);
   const int dim = int(sizes.size()), class_dim = dim > 1 ? 1 : 0;
   if (dim < 1 || dim > MAX_DIMS)
     refuse("expected 1 to " + std::to_string(MAX_DIMS) + " dimensions, got " + std::to_string(dim));
   Call call{};
-  call.C = sizes[class_dim].cast<int64_t>();
+  call.C = number(sizes, class_dim);
   call.rows = 1;
   call.dims.rank = 0;
   for (int i = 0; i < dim; i++) {
     if (i == class_dim) continue;
-    call.dims.sizes[call.dims.rank++] = sizes[i].cast<int64_t>();
-    call.rows *= sizes[i].cast<int64_t>();
+    call.dims.sizes[call.dims.rank++] = number(sizes, i);
+    call.rows *= number(sizes, i);
   }
   if (call.dims.rank == 0) call.dims.sizes[call.dims.rank++] = 1;
   if (call.C < 1) refuse("expected at least one class, got " + std::to_string(call.C));
   call.input = view(input, class_dim, call);
-  call.probs = DType(target[1].cast<int>()) < DType::int64;
+  call.probs = DType(number(target, 1)) < DType::int64;
   call.target = view(target, call.probs ? class_dim : -1, call);
   call.grad = view(grad, class_dim, call);
   call.d_target = view(d_target, class_dim, call);

@@ -34,23 +34,24 @@ _CONTIGUOUS = torch.contiguous_format
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
     """Why the C++ kernels cannot take the call, in words; an empty list when they can."""
     reasons = []
+    dtype, loss_dtype, kind, dims = input.dtype, options.dtype, target.dtype, input.dim()
     if _C is None:
         reasons.append(_missing)
     if not (input.is_cpu and target.is_cpu and (weight is None or weight.is_cpu)):
         reasons.append(f"the tensors are on {input.device}, not all on the cpu")
-    if input.dtype not in _LOGITS:
-        reasons.append(f"the input is {input.dtype}, not float32, float64, bfloat16 or float16")
-    elif options.dtype not in (None, input.dtype, torch.float32) and not (
-        options.dtype == torch.float64 and torch.float64 in (input.dtype, target.dtype)
-    ):
-        reasons.append(f"the loss was asked for in {options.dtype} from {input.dtype} logits")
-    elif options.dtype is not None and options.dtype.itemsize < input.itemsize:
-        reasons.append(f"rounding {input.dtype} logits to {options.dtype} first takes a copy")
-    if target.dtype not in _DTYPES:
-        reasons.append(f"the target is {target.dtype}, not class indices (int64, uint8) or probabilities")
-    if not 1 <= input.dim() <= _MAX_DIMS:
-        reasons.append(f"the input has {input.dim()} dimensions, not 1 to {_MAX_DIMS}")
-    elif input.shape[0 if input.dim() == 1 else 1] == 0:
+    if dtype not in _LOGITS:
+        reasons.append(f"the input is {dtype}, not float32, float64, bfloat16 or float16")
+    elif loss_dtype is None or loss_dtype is dtype:
+        pass
+    elif loss_dtype is not torch.float32 and not (loss_dtype is torch.float64 and torch.float64 in (dtype, kind)):
+        reasons.append(f"the loss was asked for in {loss_dtype} from {dtype} logits")
+    elif loss_dtype.itemsize < dtype.itemsize:
+        reasons.append(f"rounding {dtype} logits to {loss_dtype} first takes a copy")
+    if kind not in _DTYPES:
+        reasons.append(f"the target is {kind}, not class indices (int64, uint8) or probabilities")
+    if not 1 <= dims <= _MAX_DIMS:
+        reasons.append(f"the input has {dims} dimensions, not 1 to {_MAX_DIMS}")
+    elif input.shape[0 if dims == 1 else 1] == 0:
         reasons.append("there are no classes")
     return reasons
 
@@ -62,22 +63,23 @@ def forward(
     options: Options,
     schedule: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Extras | None]:
-    """See `dispatch.py`. The stats are (rows, 4) float64; a float32 or float64 fused gradient needs none."""
+    """See `dispatch.py`. The stats are (rows, 4) float64; a fused gradient needs them only for that of lse."""
     fused = schedule == "fused"
-    needs_stats = schedule == "recompute" or (fused and (options.return_stats or input.itemsize == 2))
+    needs_stats = schedule == "recompute" or (fused and options.return_stats)
     per_row = needs_stats or options.return_stats or options.reduction == "none"
-    shape = row_shape(input) if per_row else torch.Size()
+    shape = row_shape(input) if per_row else ()
     loss = torch.empty(shape if options.reduction == "none" else (), dtype=options.dtype or input.dtype)
     grad = (input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)) if fused else None
-    stats = torch.empty((shape.numel(), _C.stats_size), dtype=torch.float64) if needs_stats else None
-    extras = torch.empty((shape.numel(), _C.extras_size), dtype=torch.float64) if options.return_stats else None
+    rows = math.prod(shape)
+    stats = torch.empty((rows, _C.stats_size), dtype=torch.float64) if needs_stats else None
+    extras = torch.empty((rows, _C.extras_size), dtype=torch.float64) if options.return_stats else None
     weight = _in_acc(weight, input)
     _C.forward(
         _view(input),
         _view(target),
         _pointer(weight),
         *_options(options),
-        _expected(options, loss.dtype),
+        1.0 if options.grad_scale is None else _expected(options, loss.dtype),
         loss.data_ptr(),
         _DTYPES[loss.dtype],
         None if grad is None else _view(grad),
@@ -111,6 +113,8 @@ def backward(
         exact = grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5)
         if input is None or grad.itemsize > 2 or exact:
             return _scaled(grad, ratio, keep), None
+        # Once more, for what has come; the first was right only for what was expected.
+        return forward(input, target, weight, options._replace(grad_scale=upstream, return_stats=False), "fused")[1], None
     assert input is not None
     dx = input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)
     dt = torch.empty_like(target, memory_format=_CONTIGUOUS) if wants_target else None

@@ -15,6 +15,7 @@ from .options import REDUCTIONS, Extras, Options, check_extras
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.uint8)
 
 
@@ -160,7 +161,7 @@ def _trace(
         return _composite(input, target, weight, options)
     wants_grad = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
     loss, _, *extras = torch.ops.fused_ce.forward(
-        input, target, weight, *ops.arguments(options, input.device), backend, wants_grad, options.return_stats
+        input, target, weight, *ops.arguments(options, input), backend, wants_grad, options.return_stats
     )
     return loss, Extras(*extras) if options.return_stats else None
 
@@ -195,12 +196,14 @@ def _check_inplace(input: Tensor, target: Tensor) -> None:
 
 def _with_loss_dtype(options: Options, input: Tensor, target: Tensor) -> Options:
     """torch's rule: the logits' dtype, at least float32 under autocast, promoted with that of probabilities."""
-    dtype = options.dtype or input.dtype
-    if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    own = input.dtype
+    dtype = options.dtype or own
+    if dtype in _HALVES and torch.is_autocast_enabled(input.device.type):
         dtype = torch.float32
-    if target.is_floating_point():
+    if target.dtype in _FLOATS:
         dtype = torch.promote_types(dtype, target.dtype)
-    return options if dtype == options.dtype else options._replace(dtype=dtype)
+    # None, where it may be: replacing a field costs as much as all of this.
+    return options if dtype is (options.dtype or own) else options._replace(dtype=dtype)
 
 
 def _is_untransformed() -> bool:
@@ -221,20 +224,21 @@ def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: 
     """Plain strided tensors and options that torch accepts; all else is torch's to judge, in its own words."""
     if not (_is_plain(input) and _is_plain(target) and input.dtype in _FLOATS and type(options.ignore_index) is int):
         return False
-    shape, labels = input.shape, target.shape
-    if len(shape) == 2 and labels == shape[:1]:
-        fits = target.dtype in _INDICES
+    shape, labels, kind = input.shape, target.shape, target.dtype
+    rank = len(shape)
+    if rank == 2 and labels == shape[:1]:
+        fits = kind in _INDICES
     elif labels == shape:
-        fits = target.dtype in _FLOATS and options.ignore_index < 0 and len(shape) > 0
-    elif len(shape) > 2:
-        fits = target.dtype == torch.int64 and labels == shape[:1] + shape[2:]
+        fits = kind in _FLOATS and options.ignore_index < 0 and rank > 0
+    elif rank > 2:
+        fits = kind is torch.int64 and labels == shape[:1] + shape[2:]
     else:
-        fits = target.dtype in _INDICES and len(shape) == 1 and len(labels) == 0
+        fits = kind in _INDICES and rank == 1 and len(labels) == 0
     if weight is not None:
-        classes = shape[:1] if len(shape) == 1 else shape[1:2]
+        classes = shape[:1] if rank == 1 else shape[1:2]
         fits = fits and _is_plain(weight) and weight.shape == classes and weight.dtype == input.dtype
         # torch takes uint8 targets with a weight, but not with smoothing too.
-        fits = fits and not (weight.requires_grad or (target.dtype == torch.uint8 and options.label_smoothing > 0))
+        fits = fits and not (weight.requires_grad or (kind is torch.uint8 and options.label_smoothing > 0))
     return (
         fits
         and -(2**63) <= options.ignore_index < 2**63
@@ -245,9 +249,8 @@ def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: 
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # the tensors that stand for the real ones are of other types
-        return tensor.layout is torch.strided
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+    # While compiling, the tensors that stand for the real ones are of other types.
+    return (type(tensor) in _PLAIN or torch.compiler.is_compiling()) and tensor.layout is torch.strided
 
 
 def _composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Extras | None]:

@@ -37,12 +37,12 @@ _LIBRARY.define(
 )
 
 
-def arguments(options: Options, device: torch.device) -> tuple[Any, ...]:
+def arguments(options: Options, input: Tensor) -> tuple[Any, ...]:
     """The part of the options that is the operators' arguments."""
     num_items = options.num_items
     if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, dtype=torch.float64, device=device)
-    return *options[:5], options.reduction, options.dtype, num_items
+        num_items = torch.full((), num_items, dtype=torch.float64, device=input.device)
+    return *options[:5], options.reduction, options.dtype or input.dtype, num_items
 
 
 def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ CALLS: dict[str, tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]] = {
 def test_opcheck(name: str, extras: bool) -> None:
     input, target, weight, keywords = CALLS[name]
     options = Options(**keywords)._replace(dtype=torch.float64)
-    call = input.clone().requires_grad_(), target, weight, *arguments(options, input.device), None, True, extras
+    call = input.clone().requires_grad_(), target, weight, *arguments(options, input), None, True, extras
     torch.library.opcheck(torch.ops.fused_ce.forward.default, call)
 
 
@@ -123,7 +123,7 @@ def test_export_for_any_number_of_rows() -> None:
 def test_opcheck_of_the_derivative(name: str, keywords: dict[str, Any]) -> None:
     options = Options(**keywords)._replace(dtype=torch.float64)
     input, target = x(4, 5), p(4, 5) if name == "probabilities" else y(4)
-    rest = target, w(), *arguments(options, input.device), None
+    rest = target, w(), *arguments(options, input), None
     loss, stats, lse, *_ = torch.ops.fused_ce.forward(input, *rest, True, True)
     call = torch.ones_like(loss), torch.ones_like(lse), input, *rest, stats, target.is_floating_point()
     torch.library.opcheck(torch.ops.fused_ce.backward.default, call)
@@ -244,7 +244,7 @@ def test_meta_and_fake_tensors(shape: tuple[int, ...], keywords: dict[str, Any])
     with torch._subclasses.FakeTensorMode() as mode:
         fake, labels = mode.from_tensor(x(*shape)), mode.from_tensor(y(shape[0], *shape[2:]))
         extras = keywords.get("return_stats", False)
-        op = torch.ops.fused_ce.forward(fake, labels, None, *arguments(options, fake.device), None, True, extras)
+        op = torch.ops.fused_ce.forward(fake, labels, None, *arguments(options, fake), None, True, extras)
         results = [cross_entropy(fake, labels, **keywords)]
     results.append(cross_entropy(x(*shape).to("meta"), y(shape[0], *shape[2:]).to("meta"), **keywords))
     for result in results:
