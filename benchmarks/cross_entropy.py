@@ -4,18 +4,19 @@
     python benchmarks/cross_entropy.py --shapes 4096x32000 --dtype bfloat16 --threads 1 --json out.json
 
 Torch's gradients come in fresh memory, which costs page faults; THP_MEM_ALLOC_ENABLE=1 in the environment lets torch
-ask for large pages, as fused_ce always does. Run with it as well.
+ask for large pages, as fused_ce always does. cpu_suite.py runs this with and without it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 
 import torch
 from exact import errors, wrong
-from peers import PEERS, Peer, Problem, Unable
+from peers import PEERS, USUAL, Peer, Problem, Unable
 from report import BOUND, Row, machine, plot, save_json, show
 from timing import interleaved
 
@@ -30,7 +31,7 @@ DTYPES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float1
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.threads:
-        torch.set_num_threads(args.threads)
+        limit_threads(args.threads)
     facts, rows = machine(args.device), []
     for (N, C), dtype in itertools.product(args.shapes, args.dtype):
         print(f"{N}x{C} {dtype} ...", file=sys.stderr, flush=True)
@@ -55,9 +56,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reduction", choices=["mean", "sum", "none"], default="mean")
     parser.add_argument("--upstream", type=float, default=1.0, help="gradient of the mean or sum [1]")
     parser.add_argument(
-        "--peers", type=peers, default=list(PEERS), help="names with commas; the first is the yardstick"
+        "--peers", type=peers, help=f"of {', '.join(PEERS)}, with commas; the first is the yardstick [what suits the device]"
     )
-    parser.add_argument("--threads", type=int, help="of torch and of fused_ce [torch's choice]")
+    parser.add_argument("--threads", type=int, help="and processors to run on [all]")
     parser.add_argument("--seconds", type=float, help="of timing for each peer on each problem [1]")
     parser.add_argument("--quick", action="store_true", help="few shapes, float32, short: under a minute")
     parser.add_argument("--json", metavar="FILE")
@@ -65,10 +66,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
+    args.peers = args.peers or USUAL[args.device]
     args.shapes = args.shapes or shapes((QUICK if args.quick else SHAPES)[args.device])
     args.dtype = args.dtype or (["float32"] if args.quick else ["float32", "bfloat16"])
     args.seconds = args.seconds if args.seconds is not None else 0.3 if args.quick else 1.0
     return args
+
+
+def limit_threads(count: int) -> None:
+    """For everyone: some peers (jax) start as many threads as there are processors."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    torch.set_num_threads(count)
 
 
 def measure(N: int, C: int, dtype: str, args: argparse.Namespace) -> list[Row]:

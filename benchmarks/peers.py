@@ -6,6 +6,7 @@ the reason. Its results may be tensors or anything `torch.from_dlpack` or `torch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ce import cross_entropy, dispatch
+from fused_ce import cpu, cross_entropy, dispatch
 from fused_ce.options import Options
 
 
@@ -61,7 +62,57 @@ def torch_compile(problem: Problem) -> Peer:
     return Peer(with_autograd(compiled, problem), *((2, 1) if problem.backward else (1, 0)))
 
 
-def fused_ce(problem: Problem) -> Peer:
+def jax_optax(problem: Problem) -> Peer:
+    import jax
+    import optax
+
+    if problem.reduction == "none" or problem.input.is_cuda:
+        raise Unable("only the mean and the sum, and only on the CPU")
+    reduce = jax.numpy.mean if problem.reduction == "mean" else jax.numpy.sum
+    upstream = 1.0 if problem.upstream is None else float(problem.upstream)
+    x, y = jax.dlpack.from_dlpack(problem.input.detach()), jax.numpy.asarray(problem.target.int().numpy())
+
+    def loss_of(x: Any, y: Any) -> Any:
+        return reduce(optax.softmax_cross_entropy_with_integer_labels(x, y))
+
+    if not problem.backward:
+        forward = jax.jit(loss_of)
+        return Peer(lambda: (forward(x, y).block_until_ready(), None), 1, 0)
+
+    @jax.jit
+    def both(x: Any, y: Any) -> Any:
+        loss, pull_back = jax.vjp(lambda x: loss_of(x, y), x)
+        return loss, pull_back(jax.numpy.asarray(upstream, loss.dtype))[0]
+
+    return Peer(lambda: jax.block_until_ready(both(x, y)), 2, 1)
+
+
+def numpy(problem: Problem) -> Peer:
+    import numpy as np
+
+    if problem.reduction == "none" or problem.input.is_cuda or problem.input.itemsize == 2:
+        raise Unable("only the mean and the sum, on the CPU, of float32 and float64")
+    x, y, each = problem.input.detach().numpy(), problem.target.numpy(), np.arange(len(problem.target))
+    share = 1 / len(y) if problem.reduction == "mean" else 1.0
+    upstream = share if problem.upstream is None else share * float(problem.upstream)
+
+    def run() -> tuple[Any, Any]:
+        m = x.max(axis=1, keepdims=True)
+        e = x - m
+        e_y = e[each, y]
+        np.exp(e, out=e)
+        s = e.sum(axis=1, keepdims=True)
+        loss = (np.log(s[:, 0]) - e_y).sum(dtype=np.float64) * share
+        if not problem.backward:
+            return x.dtype.type(loss), None
+        e *= upstream / s
+        e[each, y] -= x.dtype.type(upstream)
+        return x.dtype.type(loss), e
+
+    return Peer(run, *((5, 3) if problem.backward else (4, 2)))
+
+
+def fused_ce(problem: Problem, isa: str | None = None) -> Peer:
     options = Options(reduction=problem.reduction)
     chosen = dispatch.choose(problem.input, problem.target, None, options, None)
     if chosen is None:
@@ -69,7 +120,48 @@ def fused_ce(problem: Problem) -> Peer:
     name = next(name for name, backend in dispatch.BACKENDS.items() if backend is chosen)
     fused = problem.reduction != "none" and problem.input.dtype != torch.float16
     passes = (1, 0) if not problem.backward else (2, 1) if not fused else (1, 1) if problem.upstream is None else (2, 2)
-    return Peer(with_autograd(cross_entropy, problem), *passes, name)
+    run = with_autograd(cross_entropy, problem)
+    if isa is None:
+        return Peer(run, *passes, name)
+    if chosen is not cpu or isa not in cpu._C.isa_names():
+        raise Unable(f"the C++ kernels do not run here with {isa}")
+    best = cpu._C.isa()
+
+    def with_isa() -> tuple[Any, Any]:
+        cpu._C.set_isa(isa)
+        try:
+            return run()
+        finally:
+            cpu._C.set_isa(best)
+
+    return Peer(with_isa, *passes, f"{name} {isa}")
+
+
+def fused_ce_inplace(problem: Problem) -> Peer:
+    if not problem.backward:
+        raise Unable("without a gradient nothing is written")
+    # Logits as a model leaves them: not a leaf, and free to be overwritten. Before each run they are new again.
+    logits, anchor = problem.input.detach().clone(), torch.zeros((), requires_grad=True)
+
+    def run() -> tuple[Tensor, Tensor]:
+        input = FromModel.apply(logits, anchor)
+        loss = cross_entropy(input, problem.target, reduction=problem.reduction, inplace=True)
+        return loss, torch.autograd.grad(loss, input, problem.upstream)[0]
+
+    usual = fused_ce(problem)
+    return usual._replace(run=run, before=lambda: logits.copy_(problem.input.detach()))
+
+
+class FromModel(torch.autograd.Function):
+    """Makes a tensor look like the output of a model."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        return torch.empty(0, dtype=tensor.dtype).set_(tensor)  # the same memory, and not a view
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def liger(problem: Problem) -> Peer:
@@ -92,9 +184,18 @@ def quack(problem: Problem) -> Peer:
 PEERS: dict[str, Callable[[Problem], Peer]] = {
     "torch": torch_eager,
     "torch.compile": torch_compile,
-    "fused_ce": fused_ce,
+    "jax+optax": jax_optax,
+    "numpy": numpy,
     "liger-kernel": liger,
     "quack-kernels": quack,
+    "fused_ce": fused_ce,
+    "fused_ce inplace": fused_ce_inplace,
+    "fused_ce avx2": functools.partial(fused_ce, isa="avx2"),
+    "fused_ce base": functools.partial(fused_ce, isa="base"),
+}
+USUAL = {
+    "cpu": ["torch", "torch.compile", "jax+optax", "numpy", "fused_ce", "fused_ce inplace"],
+    "cuda": ["torch", "torch.compile", "liger-kernel", "quack-kernels", "fused_ce"],
 }
 
 

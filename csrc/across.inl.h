@@ -101,7 +101,7 @@ template <class F> struct Bundle {
   V z_y = {}, q_y = {};                                // of class y; q_y its spread part
   I y = {}, counts = I{} - 1;                          // counts: all bits set in rows that are not ignored
 
-  Bundle(const Call& call, int64_t first, int n, void* scratch)
+  INLINE Bundle(const Call& call, int64_t first, int n, void* scratch)
       : call(call), o(call.options), first(first), C(call.C), n(n), z(static_cast<V*>(scratch)), slope(z + C),
         q(slope + C) {
     if (!call.probs) load_y();
@@ -118,21 +118,24 @@ template <class F> struct Bundle {
 
   INLINE void load_y() {
     Index labels[F::lanes] = {}, valid[F::lanes] = {};
-    const auto set = [&](int i, int64_t label) LAMBDA {
-      valid[i] = label == o.ignore_index ? 0 : -1;
-      labels[i] = Index(label) & valid[i];
-    };
     const View& target = call.target;
-    if (target.dtype == DType::int64 && call.dims.in_line(first, n)) {
-      const int64_t* p = static_cast<const int64_t*>(target.data) + call.dims.offset(target, first);
-      const int64_t step = target.strides[call.dims.rank - 1];
-      if (n == F::lanes)
-#pragma GCC unroll 16
-        for (int i = 0; i < F::lanes; i++) set(i, p[i * step]);
-      else
-        for (int i = 0; i < n; i++) set(i, p[i * step]);
+    const int64_t* const p = static_cast<const int64_t*>(target.data) + call.dims.offset(target, first);
+    if (target.dtype == DType::int64 && n == F::lanes && call.dims.in_line(first, n) &&
+        target.strides[call.dims.rank - 1] == 1) {
+      // Several labels at a time.
+      constexpr int some = lanes_of<Vec::i64>;
+      typedef Index Narrow __attribute__((vector_size(some * sizeof(Index))));
+      for (int i = 0; i < F::lanes; i += some) {
+        const Vec::i64 label = read<Vec::i64>(p + i), counts = label != o.ignore_index;
+        write(labels + i, __builtin_convertvector(label & counts, Narrow));
+        write(valid + i, __builtin_convertvector(counts, Narrow));
+      }
     } else {
-      for (int i = 0; i < n; i++) set(i, call.target_at(call.dims.offset(target, first + i)));
+      for (int i = 0; i < n; i++) {
+        const int64_t label = call.target_at(call.dims.offset(target, first + i));
+        valid[i] = label == o.ignore_index ? 0 : -1;
+        labels[i] = Index(label) & valid[i];
+      }
     }
     y = read<I>(labels), counts = read<I>(valid);
   }
@@ -163,17 +166,17 @@ template <class F> struct Bundle {
   }
 
   // [3] row_lse
-  template <bool KEEP> void row_lse() {
+  template <bool KEEP> INLINE void row_lse() {
     const bool wants_heat = call.extras;
     V lost = {}, lost_q = {}, lost_below = {};
-    for (int64_t begin = 0; begin < C; begin += RUN) {
-      const int64_t end = begin + RUN < C ? begin + RUN : C;
-      V sum = {}, sum_below = {}, sum_q = {};
-      for (int64_t c = begin; c < end; c++) {
+    for (int64_t begin = 0; begin < C; begin += 2 * RUN) {
+      const int64_t end = begin + 2 * RUN < C ? begin + 2 * RUN : C;
+      V sum[2] = {}, sum_below = {}, sum_q = {};
+      const auto take = [&](int64_t c, int turn) LAMBDA {
         const auto is_y = y == Index(c);
         const V z_c = z[c], e_c = exp_minus<A>(z_c, m);
         z_y = is_y ? z_c : z_y;
-        sum += is_y ? V{} : e_c;
+        sum[turn] += is_y ? V{} : e_c;
         if constexpr (F::DENSE) {
           q_y = is_y ? q[c] : q_y;
           sum_q += is_y ? V{} : q[c];
@@ -181,8 +184,11 @@ template <class F> struct Bundle {
         }
         if (wants_heat) heat += e_c == 0 ? e_c : e_c * (m - z_c);
         if constexpr (KEEP) z[c] = e_c;
-      }
-      add(so, lost, sum);
+      };
+      int64_t c = begin;
+      for (; c + 2 <= end; c += 2) take(c, 0), take(c + 1, 1);
+      if (c < end) take(c, 0);
+      add(so, lost, sum[0] + sum[1]);
       if constexpr (F::DENSE) add(rest, lost_q, sum_q), add(below, lost_below, sum_below);
     }
     so += lost;

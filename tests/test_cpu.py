@@ -58,7 +58,7 @@ def test_threads_do_not_matter(dtype: torch.dtype, shape: tuple[int, ...], keywo
 
 @every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("C", [3, 17, 1000, 4099])
+@pytest.mark.parametrize("C", [3, 10, 17, 100, 256, 257, 1000, 4099])
 def test_batch_and_address_do_not_matter(dtype: torch.dtype, C: int) -> None:
     for keywords in ({}, EVERYTHING):
         options = Options(reduction="none", **keywords)
@@ -69,6 +69,54 @@ def test_batch_and_address_do_not_matter(dtype: torch.dtype, C: int) -> None:
         for rows in (slice(4, 5), slice(2, 7), slice(None, None, 3)):
             got = everything(input[rows], target[rows], options)
             assert all(torch.equal(mine, all_rows[rows]) for mine, all_rows in zip(got, expected, strict=True))
+
+
+WIDTHS = (1, 3, 10, 16, 17, 100, 256, 257, 2049)  # around the lanes of a vector, and those of a bundle of rows
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("C", WIDTHS)
+def test_nothing_is_written_beside_the_gradient(C: int, dtype: torch.dtype) -> None:
+    N, margin = 37, 70
+    memory = x(N * C + 2 * margin, 1, dtype=dtype).flatten()
+    before, inside = memory.clone(), slice(margin, margin + N * C)
+    target = y(N, C=C)
+    expected = cpu.forward(memory[inside].view(N, C).clone(), target, None, Options(), "fused")[1]
+    grad = cpu.forward(memory[inside].view(N, C), target, None, Options(inplace=True), "fused")[1]
+    assert torch.equal(bits(grad), bits(expected))
+    assert torch.equal(bits(memory[:margin]), bits(before[:margin]))
+    assert torch.equal(bits(memory[-margin:]), bits(before[-margin:]))
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("C", WIDTHS)
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_rows_that_overlap(C: int, dtype: torch.dtype, step: int) -> None:
+    input, target = x(1, C + 40, dtype=dtype).as_strided((19, C), (step, 1)), y(19, C=C)
+    options = Options(reduction="none")
+    expected = everything(input.contiguous(), target, options)
+    assert all(map(torch.equal, everything(input, target, options), expected))
+
+
+@every_isa
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("N", [1, 5])  # rows that several threads share, beside rows that one has for itself
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_threads_do_not_matter_in_place(N: int, dtype: torch.dtype, softcap: float | None) -> None:
+    input, target = x(N, 50257, dtype=dtype), y(N, C=50257)
+    target[-1] = target[-1] if N == 1 else -100
+    options = Options(inplace=True, return_stats=True, softcap=softcap)
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        logits = input.clone()
+        loss, grad, stats, extras = cpu.forward(logits, target, None, options, "fused")
+        got = [bits(t) for t in (loss, grad, stats, *extras)]
+        if count == 1:
+            expected = got
+        assert all(map(torch.equal, got, expected))
 
 
 def target_for(kind: str, *shape: int) -> Tensor:
