@@ -33,16 +33,28 @@ class Out(NamedTuple):
     extras: Extras | None
 
 
-class Tile(NamedTuple):
-    """How much of the logits a program takes at a time, and how many warps share it."""
+class Device(NamedTuple):
+    """What a plan has to know of the device."""
 
-    rows: int
-    block: int
+    capability: tuple[int, int] | None  # None: not NVIDIA's
+    multiprocessors: int
+    l2_bytes: int
+    clusters: bool  # whether Triton can spread one program over several multiprocessors
+
+
+class Plan(NamedTuple):
+    """Which kernel takes the rows, and how it cuts them."""
+
+    kernel: str
+    rows: int  # a program takes at a time
+    block: int  # classes of a tile, or of a piece of a row that is held in registers
+    pieces: int  # that a row is held in; 0: it is walked in tiles
     warps: int
+    ctas: int  # of a cluster
 
 
-def tile(C: int, side: int, heavy: bool) -> Tile:
-    """Pick the tile: a short row whole (several of them if very short), a long one in pieces.
+def plan(C: int, dtype: torch.dtype, side: int, heavy: bool, device: Device) -> Plan:
+    """Pick the kernel and its tile: a short row whole (several of them if very short), a long one in pieces.
 
     `side`: how many rows lie side by side in memory, 1 where it is the classes that do. Sized by the registers the
     compiled kernels take (at most 128, next to no spills), fewer values to a thread if each is `heavy`; not yet tuned
@@ -52,7 +64,24 @@ def tile(C: int, side: int, heavy: bool) -> Tile:
     side = min(32, _power_of_2(side))
     block = _power_of_2(max(C, 2)) if side * C <= whole else piece // side
     count = max(side, 1024 // block)
-    return Tile(count, block, min(16, max(4, count * block // per_warp)))
+    return Plan("forward", count, block, 0, min(16, max(4, count * block // per_warp)), 1)
+
+
+def device(tensor: Tensor) -> Device:
+    """The device that a launch on this tensor runs on."""
+    return _device(tensor.device.index) if tensor.is_cuda else Device(None, 1, 0, False)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    import triton
+
+    found = torch.cuda.get_device_properties(index)
+    capability = None if torch.version.hip else (found.major, found.minor)
+    # Triton 3.8 leaves a cluster without waiting for it, and the launch fails.
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    clusters = capability is not None and capability >= (9, 0) and version >= (3, 9)
+    return Device(capability, found.multi_processor_count, found.L2_cache_size, clusters)
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
@@ -236,16 +265,16 @@ def _meta(
     pixels = row_shape(input)[1:].numel()
     side = pixels if pixels > 1 else 1 if logits.col is None else 32
     heavy = input.dtype == torch.float64 or options.softcap is not None or probs
-    count, block, warps = tile(C, side, heavy)
+    chosen = plan(C, input.dtype, side, heavy, device(input))
     return {
         "DENSE": probs or _smoothing(options) > 0,
         "PROBS": probs,
         "SOFTCAP": options.softcap is not None,
         "INPLACE": options.inplace,
         "ALIGN": alignment(C, sizes[-1], views),
-        "ROWS": count,
-        "BLOCK": block,
-        "num_warps": warps,
+        "ROWS": chosen.rows,
+        "BLOCK": chosen.block,
+        "num_warps": chosen.warps,
     }
 
 

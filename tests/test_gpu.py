@@ -45,9 +45,9 @@ def test_chunks_of_rows(backend: Backend, case: Case, chunk: int, monkeypatch: p
 
 @only_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("tile", [gpu.Tile(1, 256, 4), gpu.Tile(4, 64, 4), gpu.Tile(16, 16, 4)], ids=str)
+@pytest.mark.parametrize("tile", [(1, 256), (4, 64), (16, 16)], ids=str)
 def test_tiles_and_fewer_programs(
-    backend: Backend, case: Case, tile: gpu.Tile, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, case: Case, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = gpu._launch
 
@@ -56,7 +56,7 @@ def test_tiles_and_fewer_programs(
         grid = tuple(-(-size // 3) for size in grid) if kernel in ("backward", "rescale") else grid
         launch(kernel, grid, *args, **meta)
 
-    monkeypatch.setattr(gpu, "tile", lambda *arguments: tile)
+    monkeypatch.setattr(gpu, "plan", lambda *arguments: gpu.Plan("forward", *tile, 0, 4, 1))
     monkeypatch.setattr(gpu, "_launch", launch_fewer)
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
@@ -74,7 +74,7 @@ def test_tiles_and_fewer_programs(
 @pytest.mark.parametrize("side", [1, 2, 5, 32, 3136])
 def test_tile_holds_the_classes(side: int, heavy: bool) -> None:
     for C in (1, 2, 3, 10, 150, 1000, 1024, 1025, 4096, 4097, 16384, 16385, 50257, 262144):
-        rows, block, warps = gpu.tile(C, side, heavy)
+        _, rows, block, _, warps, _ = gpu.plan(C, torch.float32, side, heavy, gpu.Device(None, 1, 0, False))
         assert all(number & (number - 1) == 0 for number in (rows, block, warps))  # Triton's shapes
         assert rows >= min(side, 32)
         assert rows * block <= 16384
