@@ -66,6 +66,12 @@ def alignment(C: int, inner: int, matrices: Sequence[Matrix | None]) -> int:
     return math.gcd(16, *strides, *lengths)
 
 
+def congruent(a: Matrix, b: Matrix, divisor: int) -> bool:
+    """Whether every row begins at the same place in both, counted from a multiple of divisor."""
+    one, other = ([1 if s is None else s for s in (*(m.outer or ()), m.inner)] for m in (a, b))
+    return all((s - t) % divisor == 0 for s, t in zip(one, other, strict=True))
+
+
 def _merged(sizes: Sequence[int], strides: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
     """`strides`: for each dimension that of each tensor."""
     merged_sizes: list[int] = []

@@ -56,7 +56,7 @@ def test_tiles_and_fewer_programs(
         grid = tuple(-(-size // 3) for size in grid) if kernel in ("backward", "rescale") else grid
         launch(kernel, grid, *args, **meta)
 
-    monkeypatch.setattr(gpu, "plan", lambda *arguments: gpu.Plan("forward", *tile, 0, 4, 1))
+    monkeypatch.setattr(gpu, "plan", lambda *arguments: gpu.Plan(*tile, 0, 4, 1, 3))
     monkeypatch.setattr(gpu, "_launch", launch_fewer)
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
@@ -70,16 +70,31 @@ def test_tiles_and_fewer_programs(
     assert torch.equal(bits(doubled), bits(grad * 2))
 
 
-@pytest.mark.parametrize("heavy", [False, True])
+DEVICES = {
+    "hopper": gpu.Device((9, 0), 132, 50 << 20, True),
+    "hopper, old triton": gpu.Device((9, 0), 132, 50 << 20, False),
+    "ampere": gpu.Device((8, 0), 108, 40 << 20, False),
+    "amd": gpu.Device(None, 304, 4 << 20, False),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("extra", [0, 1, 2, 5])
 @pytest.mark.parametrize("side", [1, 2, 5, 32, 3136])
-def test_tile_holds_the_classes(side: int, heavy: bool) -> None:
-    for C in (1, 2, 3, 10, 150, 1000, 1024, 1025, 4096, 4097, 16384, 16385, 50257, 262144):
-        _, rows, block, _, warps, _ = gpu.plan(C, torch.float32, side, heavy, gpu.Device(None, 1, 0, False))
-        assert all(number & (number - 1) == 0 for number in (rows, block, warps))  # Triton's shapes
-        assert rows >= min(side, 32)
-        assert rows * block <= 16384
-        assert block < 2 * max(C, 2)
-        assert 4 <= warps <= 16
+def test_plan_holds_the_classes(side: int, extra: int, held: bool, device: str) -> None:
+    for dtype in gpu.FLOATS:
+        for C in (1, 2, 3, 10, 150, 512, 513, 1000, 4096, 4097, 16384, 16385, 32001, 50257, 151936, 262144, 1 << 20):
+            cut = gpu.plan(C, dtype, side, extra, held, DEVICES[device])
+            numbers = (cut.rows, cut.block, cut.warps, cut.ctas)
+            assert all(number & (number - 1) == 0 for number in numbers)  # Triton's shapes
+            assert cut.rows >= min(side, 32)
+            threads = cut.warps * cut.ctas * (32 if DEVICES[device].capability else 64)
+            assert cut.rows * cut.block * max(cut.pieces, 1) <= threads * max(64 >> extra, 16)
+            assert (cut.pieces - 1) * cut.block < C <= max(cut.pieces * cut.block, C * (cut.pieces == 0))
+            assert cut.warps <= 16
+            assert cut.ctas == 1 or (held and cut.pieces and cut.ctas <= 8 and DEVICES[device].clusters)
+            assert cut.programs >= DEVICES[device].multiprocessors
 
 
 @only_triton
