@@ -21,13 +21,14 @@ def errors(problem: Problem, loss: Any, grad: Any) -> tuple[float, float | None]
     losses, worst, rows = [], 0.0, max(1, CHUNK // C)
     loss, grad = tensor(loss), None if grad is None else tensor(grad)
     share = 1 / N if problem.reduction == "mean" else 1.0
+    given = torch.ones(()) if problem.upstream is None else problem.upstream.double()
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         input = problem.input.detach()[part].double().requires_grad_()
         each = F.cross_entropy(input, problem.target[part], reduction="none")
         losses.append(each.detach())
         if grad is not None:
-            upstream = torch.full_like(each, share) if problem.upstream is None else problem.upstream[part].double()
+            upstream = given[part] if given.dim() else torch.full_like(each, share) * given
             worst = max(worst, ulps(grad[part], torch.autograd.grad(each, input, upstream)[0]))
     exact = torch.cat(losses)
     if problem.reduction != "none":

@@ -26,7 +26,7 @@ class Problem(NamedTuple):
 
     input: Tensor  # (N, C)
     target: Tensor  # (N)
-    upstream: Tensor | None  # (N) with reduction "none", else None: 1
+    upstream: Tensor | None  # (N) with reduction "none", else () or None: 1
     reduction: str
 
     @property
@@ -41,6 +41,7 @@ class Peer(NamedTuple):
     reads: int
     writes: int
     backend: str = ""
+    before: Callable[[], object] = lambda: None  # ahead of each run, not timed
 
     @property
     def schedule(self) -> str:
@@ -67,14 +68,33 @@ def fused_ce(problem: Problem) -> Peer:
         raise Unable("no backend of fused_ce takes this call here; python -m fused_ce says why")
     name = next(name for name, backend in dispatch.BACKENDS.items() if backend is chosen)
     fused = problem.reduction != "none" and problem.input.dtype != torch.float16
-    passes = (1, 0) if not problem.backward else (1, 1) if fused else (2, 1)
+    passes = (1, 0) if not problem.backward else (2, 1) if not fused else (1, 1) if problem.upstream is None else (2, 2)
     return Peer(with_autograd(cross_entropy, problem), *passes, name)
+
+
+def liger(problem: Problem) -> Peer:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    # It writes the gradient over the logits, and its users let it. So do we: it has logits of its own, which are
+    # restored before each run and outside of the time.
+    logits = problem.input.detach().clone().requires_grad_(problem.backward)
+    run = with_autograd(liger_cross_entropy, problem._replace(input=logits))
+    passes = (1, 0) if not problem.backward else (2, 1) if problem.upstream is None else (3, 2)
+    return Peer(run, *passes, before=lambda: logits.data.copy_(problem.input))
+
+
+def quack(problem: Problem) -> Peer:
+    from quack import cross_entropy as of_quack
+
+    return Peer(with_autograd(of_quack, problem), *((2, 1) if problem.backward else (1, 0)))
 
 
 PEERS: dict[str, Callable[[Problem], Peer]] = {
     "torch": torch_eager,
     "torch.compile": torch_compile,
     "fused_ce": fused_ce,
+    "liger-kernel": liger,
+    "quack-kernels": quack,
 }
 
 

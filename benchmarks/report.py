@@ -38,6 +38,7 @@ class Row:
     mode: str
     reduction: str
     peer: str
+    upstream: float = 1.0  # gradient of the mean or sum
     status: str = "timed"  # or "refused": its values are wrong; or "skipped": it cannot run here
     reason: str = ""
     backend: str = ""

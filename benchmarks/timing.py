@@ -21,12 +21,16 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def interleaved(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Timing]:
+Calls = dict[str, tuple[Callable[[], object], Callable[[], object]]]  # what comes before the call, and the call
+
+
+def interleaved(calls: Calls, device: str, seconds: float) -> dict[str, Timing]:
     """Time each call for about `seconds`, results thrown away within the time: freeing them is part of the cost."""
     clock = cuda_clock() if device == "cuda" else cpu_clock
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(WARM_UP):
-        for call in calls.values():
+        for before, call in calls.values():
+            before()
             clock(call)
     gc.collect()
     gc.disable()  # a collection would fall on whoever comes next
@@ -34,7 +38,8 @@ def interleaved(calls: dict[str, Callable[[], object]], device: str, seconds: fl
         end = time.perf_counter() + seconds * len(calls)
         rounds = 0
         while rounds < LEAST or time.perf_counter() < end:
-            for name, call in calls.items():
+            for name, (before, call) in calls.items():
+                before()
                 samples[name].append(clock(call))
             rounds += 1
     finally:

@@ -119,3 +119,28 @@ def test_results_of_other_libraries_are_read(
 
     row = rows_with(stranger, benchmark_cli, monkeypatch, tmp_path)["stranger"]
     assert row["status"] == "timed", row["reason"]
+
+
+def test_upstream_gradient_and_what_comes_before_a_run(
+    benchmark_cli: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stranger(problem: Any) -> Any:
+        logits = problem.input.detach().clone().requires_grad_()
+        right = benchmark_cli.PEERS["torch"](problem._replace(input=logits))
+
+        def run() -> tuple[Any, Any]:
+            assert logits.isfinite().all()
+            loss, grad = right.run()
+            logits.data.fill_(torch.nan)
+            return loss, grad
+
+        return right._replace(run=run, before=lambda: logits.data.copy_(problem.input))
+
+    for reduction in ("mean", "sum"):
+        options = "--reduction", reduction, "--upstream", "0.3"
+        rows = rows_with(stranger, benchmark_cli, monkeypatch, tmp_path, *options)
+        for row in rows.values():
+            assert row["status"] == "timed", row["reason"]
+            assert row["upstream"] == 0.3
+    wrong = altered(benchmark_cli, 1, 2)
+    assert rows_with(wrong, benchmark_cli, monkeypatch, tmp_path, *options)["stranger"]["status"] == "refused"
