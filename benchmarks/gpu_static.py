@@ -107,9 +107,8 @@ def walked(meta: dict[str, Any]) -> bool:
     return meta["PIECES"] == 0 or meta["VECTOR"] > 1
 
 
-def launches(C: int, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
-    """What a plain call launches, forward and backward, by each schedule."""
-    options = Options()
+def launches(C: int, dtype: torch.dtype, target: Target, options: Options = Options()) -> Iterator[Launch]:  # noqa: B008
+    """What a call launches, forward and backward, by each schedule."""
     input = torch.empty(N, C, dtype=dtype, device="meta")
     labels = torch.empty(N, dtype=torch.int64, device="meta")
     upstream = torch.empty((), dtype=dtype, device="meta")
@@ -186,22 +185,23 @@ def count(lines: list[str]) -> dict[str, Any]:
     return found | {name: len(found[name]) for name in ("ex2", "barriers")}
 
 
-def regions(lines: list[str]) -> Iterator[list[str]]:
-    """Each loop that holds no other, and what is left."""
+def regions(lines: list[str]) -> list[list[str]]:
+    """What is outside of the loops that hold no other, and each of these."""
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(LABEL, line))}
     branches = ((i, match[1] or match[2]) for i, line in enumerate(lines) if (match := re.search(BRANCH, line)))
     loops = {(labels[to], i) for i, to in branches if labels.get(to, i) < i}
     inner = sorted((a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops))
-    yield from (lines[a:b] for a, b in inner)
-    yield [line for i, line in enumerate(lines) if not any(a <= i < b for a, b in inner)]
+    outside = [line for i, line in enumerate(lines) if not any(a <= i < b for a, b in inner)]
+    return [outside, *(lines[a:b] for a, b in inner)]
 
 
 def exps_per_logit(lines: list[str], itemsize: int) -> float:
-    """Exponentials for each logit, as the sum over all that read logits; the few that a row takes do not count."""
+    """Exponentials for each logit: the sum over all places that read them."""
     exps = 0.0
-    for region in map(count, regions(lines)):
+    for i, region in enumerate(map(count, regions(lines))):
         loaded = max((int(bits) * number for bits, number in region["ldg"].items()), default=0)
-        if region["ex2"] >= 8 and loaded:
+        few = i == 0 and region["ex2"] < 8  # of the row, whose classes are gone through elsewhere
+        if loaded and not few:
             exps += region["ex2"] * itemsize * 8 / loaded
     return round(exps, 2)
 
