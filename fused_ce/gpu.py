@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .options import Extras, Options
-from .rows import Matrix, alignment, congruent, matrices, row_shape, rows
+from .rows import NOTHING, Matrix, alignment, congruent, matrices, row_shape, rows
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -169,7 +169,7 @@ def forward(
             _number(options.grad_scale, dtype, input.device),
             None if probs else _bad(input.device),
             Out(loss, stats, extras),
-            dx,
+            dx or NOTHING,
             tuple(sizes[-2::-1]) or None,
             bundles,
             sizes[-1],
@@ -221,7 +221,7 @@ def backward(
             None if g_lse is None else rows(g_lse),
             _number(options.grad_scale, grad_output.dtype, input.device),
             stats,
-            *views[2:],
+            *(view or NOTHING for view in views[2:]),
             tuple(sizes[-2::-1]) or None,
             bundles,
             sizes[-1],

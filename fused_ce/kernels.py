@@ -3,7 +3,8 @@
 A program owns ROWS rows at a time, and takes their classes BLOCK at a time. A tile is `(R, B)` and a value a row
 `(R, 1)`; where R is 1 they are `(B,)` and `(1,)`, because Triton spreads only one dimension over a cluster.
 Everything is computed in float32 (float64 for float64 logits) and rounded once, at the store. A tensor with classes
-comes as `rows.Matrix`; its None fields, and other arguments that are None, are settled when compiling.
+comes as `rows.Matrix`; its None fields, and other arguments that are None, are settled when compiling. Triton 3.6 asks
+that no tuple with a None in it be compared with None or taken apart in a nested way.
 """
 
 import triton
@@ -110,7 +111,7 @@ def add_up(sums, zero, DENSE: tl.constexpr, HEAT: tl.constexpr):
 @triton.jit
 def rise(part, m, PROBS: tl.constexpr, HIGHER, EXACT: tl.constexpr):
     """The sums of a part of a row, as they are once its largest z is one of m; where it is not HIGHER, y is another."""
-    m_part, (so, rest, below, heat), _, q_y, _ = part
+    m_part, so, rest, below, heat, _, q_y, _ = part
     if PROBS:
         # The largest logit of the lower part joins the others: exp(m - m) is 1.
         so, rest = tl.where(HIGHER, so, so + 1.0), tl.where(HIGHER, rest, rest + q_y)
@@ -124,8 +125,8 @@ def join(a, b, PROBS: tl.constexpr, EXACT: tl.constexpr):
     higher, m = b[0] > a[0], tl.maximum(a[0], b[0])
     so, rest, below, heat = rise(a, m, PROBS, ~higher, EXACT)
     so_b, rest_b, below_b, heat_b = rise(b, m, PROBS, higher, EXACT)
-    y, q_y, best = tl.where(higher, b[2], a[2]), tl.where(higher, b[3], a[3]), tl.where(higher, b[4], a[4])
-    return m, (so + so_b, rest + rest_b, below + below_b, heat + heat_b), y, q_y, best
+    y, q_y, best = tl.where(higher, b[5], a[5]), tl.where(higher, b[6], a[6]), tl.where(higher, b[7], a[7])
+    return m, so + so_b, rest + rest_b, below + below_b, heat + heat_b, y, q_y, best
 
 
 # [4] row_loss
@@ -232,9 +233,9 @@ def load_rows(p, r, target, sizes, inner, C, ignore_index, bad, PROBS: tl.conste
 
 
 @triton.jit
-def load_y(tensors, y, z_y, scalars, SOFTCAP: tl.constexpr):
+def load_y(tensors, x_at, y, z_y, scalars, SOFTCAP: tl.constexpr):
     """z_y, unless it is known, and q_y. Class -1 is never read: its z_y is NaN."""
-    logits, x_at, target, t_at, weight, read = tensors
+    logits, target, t_at, weight, read = tensors
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
     C, e, k, s = scalars
     known = read & (y >= 0)
@@ -253,7 +254,7 @@ def load_y(tensors, y, z_y, scalars, SOFTCAP: tl.constexpr):
 @triton.jit
 def load_tile(
     tensors,
-    place,
+    x_at,
     cols,
     there,
     scalars,
@@ -264,13 +265,12 @@ def load_tile(
 ):
     """x, z and q of one tile, (R, B); q without the share of a class index.
 
-    place: of the classes cols, after x_at; there: which classes exist, None if all do; KEEP: how long in the cache.
+    x_at: where; cols: which classes; there: which of them exist, None if all do; KEEP: how long in the cache.
     """
-    logits, x_at, target, t_at, weight, read = tensors
+    logits, target, t_at, weight, read = tensors
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
     C, e, k, s = scalars
     mask = read if there is None else read & there
-    x_at += step(place, logits.col, ALIGN)
     x = tl.load(logits.ptr + x_at, mask=mask, other=0.0, eviction_policy=KEEP).to(ACC)
     z = transform(x, k, s, SOFTCAP)
     if there is not None:
@@ -278,9 +278,8 @@ def load_tile(
         z = tl.where(there, z, float("-inf"))
     q = tl.zeros(x.shape, ACC)
     if t_at is not None:
-        q = tl.load(target.ptr + t_at + step(cols, target.col, ALIGN), mask=mask, other=0.0, eviction_policy=KEEP).to(
-            ACC
-        )
+        t_at += step(cols, target.col, ALIGN)
+        q = tl.load(target.ptr + t_at, mask=mask, other=0.0, eviction_policy=KEEP).to(ACC)
     if DENSE:
         q = (1.0 - e) * q + e / C
         if weight is not None:
@@ -300,7 +299,8 @@ def store_tile(matrix, at, values, mask):
 def store_grad(
     tensors,
     grads,
-    place,
+    x_at,
+    at,
     cols,
     there,
     row,
@@ -311,15 +311,14 @@ def store_grad(
     ALIGN: tl.constexpr,
 ):
     """The gradients of one tile, from the logits."""
-    grad, at, d_target, dt_at, dt_scale = grads
+    grad, d_target, dt_at, dt_scale = grads
     exists, live, y, m, lse_m, factors = row
     _, _, k, s = scalars
-    x, z, q = load_tile(tensors, place, cols, there, scalars, DENSE, SOFTCAP, ALIGN, "evict_first")
+    x, z, q = load_tile(tensors, x_at, cols, there, scalars, DENSE, SOFTCAP, ALIGN, "evict_first")
     dx = row_grad(x, exp(z - finite(m), EXACT), q, cols == y, factors, k, s, DENSE, SOFTCAP)
-    dx = tl.where(live, dx, 0.0)  # an ignored row may hold NaN
-    store_tile(grad, at + step(place, grad.col, ALIGN), dx, exists & there)
-    if d_target is not None:
-        dt = target_grad(z, tensors[4], cols, there, m, lse_m, dt_scale)
+    store_tile(grad, at, tl.where(live, dx, 0.0), exists & there)  # an ignored row may hold NaN
+    if dt_at is not None:
+        dt = target_grad(z, tensors[3], cols, there, m, lse_m, dt_scale)
         store_tile(d_target, dt_at + step(cols, d_target.col, ALIGN), dt, exists & there)
 
 
@@ -327,6 +326,8 @@ def store_grad(
 def sweep(
     tensors,
     grads,
+    x_at,
+    at,
     row,
     scalars,
     lanes,
@@ -344,30 +345,28 @@ def sweep(
     Rows that begin anywhere (VECTOR > 1) are cut at the boundaries of VECTOR values in memory, which then move as
     one; what is left at both edges moves apart. SAME: the logits are cut where the gradient is.
     """
-    logits, x_at, target, t_at, weight, read = tensors
-    C = scalars[0]
+    C, x_col, dx_col = scalars[0], tensors[0].col, grads[0].col
     BLOCK: tl.constexpr = lanes.shape[-1]
     tiles = tl.cdiv(C + (VECTOR - 1), BLOCK)
     if VECTOR == 1:
         for i in range(first, tiles, stride):
             cols = lanes + (tiles - 1 - i) * BLOCK
-            store_grad(tensors, grads, cols, cols, cols < C, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
+            x, dx = x_at + step(cols, x_col, ALIGN), at + step(cols, dx_col, ALIGN)
+            store_grad(tensors, grads, x, dx, cols, cols < C, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
     else:
-        grad, at, d_target, dt_at, dt_scale = grads
         before = (at % VECTOR).to(tl.int32)  # values between the boundary and the row
         whole = (C + before) // VECTOR
-        x_cut = x_at // VECTOR * VECTOR if SAME else x_at - before
-        cut = logits, x_cut, target, t_at, weight, read
-        grads_cut = grad, at // VECTOR * VECTOR, d_target, dt_at, dt_scale
+        x_cut, cut = x_at // VECTOR * VECTOR if SAME else x_at - before, at // VECTOR * VECTOR
         for i in range(first, tiles, stride):
             place = lanes + (tiles - 1 - i) * BLOCK
             there = (place // VECTOR >= tl.minimum(before, 1)) & (place // VECTOR < whole)
-            store_grad(cut, grads_cut, place, place - before, there, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
+            x, dx, cols = x_cut + place, cut + place, place - before
+            store_grad(tensors, grads, x, dx, cols, there, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
         if first == 0:
-            _, edge = shape(read.shape[0], 2 * VECTOR)
+            _, edge = shape(at.shape[0], 2 * VECTOR)
             cols = tl.where(edge < VECTOR, edge, whole * VECTOR - before + edge - VECTOR)
             there = tl.where(edge < VECTOR, (edge < VECTOR - before) & (before > 0), cols < C)
-            store_grad(tensors, grads, cols, cols, there, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
+            store_grad(tensors, grads, x_at + cols, at + cols, cols, there, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
 
 
 @triton.jit
@@ -383,7 +382,7 @@ def load_scalar(numbers, i, ACC: tl.constexpr):
 @triton.jit
 def store_rows(out, rows, there, live, sums, z_y, D, count, L, DENSE: tl.constexpr, PROBS: tl.constexpr):
     """What there is one of a row. -> rest with the z-loss's share."""
-    m, (so, rest, below, heat), y, q_y, best = sums
+    m, so, rest, below, heat, y, q_y, best = sums
     lse_m = minus_m(z_y, m, so)
     loss, z_loss = row_loss(z_y, m, lse_m, rest, below, q_y, L, DENSE)
     rest += 2.0 * L * (D / count) * (m + lse_m)
@@ -407,6 +406,7 @@ def store_rows(out, rows, there, live, sums, z_y, D, count, L, DENSE: tl.constex
 @triton.jit
 def load_part(
     tensors,
+    x_at,
     start,
     lanes,
     y,
@@ -429,9 +429,9 @@ def load_part(
     for i in tl.static_range(PIECES):
         cols = lanes + (start + i * BLOCK)
         # All classes of the pieces before the last exist.
-        x, z, q = load_tile(
-            tensors, cols, cols, cols < C if i == PIECES - 1 else None, scalars, DENSE, SOFTCAP, ALIGN, KEEP
-        )
+        there = cols < C if i == PIECES - 1 else None
+        at_cols = x_at + step(cols, tensors[0].col, ALIGN)
+        x, z, q = load_tile(tensors, at_cols, cols, there, scalars, DENSE, SOFTCAP, ALIGN, KEEP)
         tiles += ((x, z, q),)  # type: ignore[assignment]
         if PROBS or HEAT:
             at = tl.where(z > highest, cols, at)
@@ -448,11 +448,13 @@ def load_part(
         q_y = tl.sum(q_lanes, -1, keep_dims=True)
     sums, held = (nothing, nothing, nothing, nothing), ()
     for i in tl.static_range(PIECES):
-        (x, z, q), first = tiles[i], start + i * BLOCK
+        x, z, q = tiles[i]
+        first = start + i * BLOCK
         # Not cols == y: that would be kept for the gradient, at the cost of what compares again.
         e_c, sums = row_lse(z, q, lanes < C - first, y - lanes == first, m, sums, DENSE, HEAT, EXACT)
         held += ((x, e_c, q),)  # type: ignore[assignment]
-    return (m, add_up(sums, tl.zeros_like(m), DENSE, HEAT), y, q_y, best), held
+    so, rest, below, heat = add_up(sums, tl.zeros_like(m), DENSE, HEAT)
+    return (m, so, rest, below, heat, y, q_y, best), held
 
 
 @triton.jit(do_not_specialize=["bundles", "inner", "ignore_index"])
@@ -464,7 +466,7 @@ def forward(
     expected,  # (), the upstream gradient that grad is for; None: 1
     bad,  # (1,), see `gpu.check_targets`
     out,  # loss, stats and extras, by the number of the row
-    grad,  # Matrix or None; may be the logits
+    grad,  # Matrix, of nothing if none is wanted; may be the logits
     sizes,  # of the outer row dimensions, or None
     bundles,
     inner,
@@ -502,39 +504,84 @@ def forward(
         x_at, t_at = locate(logits, sizes, o, i, ALIGN), locate(target, sizes, o, i, ALIGN) if PROBS else None
         # Ignored rows are not read, unless rows lie side by side: a mask with gaps would part a wide load.
         read, zero = there if logits.inner is None else live, tl.zeros(r.shape, ACC)
-        tensors = logits, x_at, target, t_at, weight, read
+        tensors = logits, target, t_at, weight, read
         z_y, q_y = zero, zero
         if not PROBS:
-            z_y, q_y = load_y(tensors, y, zero, scalars, SOFTCAP)
+            z_y, q_y = load_y(tensors, x_at, y, zero, scalars, SOFTCAP)
         if PIECES:
             sums, tiles = load_part(
-                tensors, 0, lanes, y, q_y, scalars, DENSE, PROBS, SOFTCAP, HEAT, EXACT, ALIGN, "evict_first", PIECES
+                tensors,
+                x_at,
+                0,
+                lanes,
+                y,
+                q_y,
+                scalars,
+                DENSE,
+                PROBS,
+                SOFTCAP,
+                HEAT,
+                EXACT,
+                ALIGN,
+                "evict_first",
+                PIECES,
             )
         else:
-            sums = zero + float("-inf"), (zero, zero, zero, zero), y, q_y, tl.full(r.shape, -1, tl.int32)
+            sums = zero + float("-inf"), zero, zero, zero, zero, y, q_y, tl.full(r.shape, -1, tl.int32)
             for start in range(0, C, BLOCK):
                 more, _ = load_part(
-                    tensors, start, lanes, y, q_y, scalars, DENSE, PROBS, SOFTCAP, HEAT, EXACT, ALIGN, "evict_last", 1
+                    tensors,
+                    x_at,
+                    start,
+                    lanes,
+                    y,
+                    q_y,
+                    scalars,
+                    DENSE,
+                    PROBS,
+                    SOFTCAP,
+                    HEAT,
+                    EXACT,
+                    ALIGN,
+                    "evict_last",
+                    1,
                 )
                 sums = join(sums, more, PROBS, EXACT)
-        m, (so, rest, _, _), y, q_y, _ = sums
+        m, so, rest, _, _, y, q_y, _ = sums
         if PROBS:
             z_y = m
         rest = store_rows(out, rows, there, live, sums, z_y, D, count, L, DENSE, PROBS)
-        if grad is not None:
+        if grad.ptr is not None:
             if INPLACE:
                 tl.debug_barrier()  # no warp may still be reading these rows
             at = locate(grad, sizes, o, i, ALIGN)
             factors = grad_factors(z_y, m, so, rest, q_y, zero + load_scalar(expected, 0, ACC) / D, zero)
             if PIECES and VECTOR == 1:
                 for i in tl.static_range(PIECES):
-                    cols, (x, e_c, q) = lanes + i * BLOCK, tiles[i]
+                    x, e_c, q = tiles[i]
+                    cols = lanes + i * BLOCK
                     dx = tl.where(live, row_grad(x, e_c, q, cols == y, factors, scalars[2], s, DENSE, SOFTCAP), 0.0)
                     mask = there & (cols < C) if i == PIECES - 1 else there
                     store_tile(grad, at + step(cols, grad.col, ALIGN), dx, mask)
             else:
-                grads, row = (grad, at, None, None, None), (there, live, y, m, zero, factors)
-                sweep(tensors, grads, row, scalars, lanes, 0, 1, DENSE, SOFTCAP, EXACT, ALIGN, VECTOR, SAME)
+                row = there, live, y, m, zero, factors
+                sweep(
+                    tensors,
+                    (grad, grad, None, zero),
+                    x_at,
+                    at,
+                    row,
+                    scalars,
+                    lanes,
+                    0,
+                    1,
+                    DENSE,
+                    SOFTCAP,
+                    EXACT,
+                    ALIGN,
+                    VECTOR,
+                    SAME,
+                )
 
 
 @triton.jit(do_not_specialize=["bundles", "inner", "ignore_index"])
@@ -548,7 +595,7 @@ def backward(
     expected,  # (), grad is right already for this upstream gradient; None: 1
     stats,  # (N, 4)
     grad,  # Matrix; may be the logits
-    d_target,  # Matrix or None
+    d_target,  # Matrix, of nothing if none is wanted
     sizes,  # of the outer row dimensions, or None
     bundles,
     inner,
@@ -585,7 +632,7 @@ def backward(
         o, i, there, rows, live, y = load_rows(p, r, target, sizes, inner, C, ignore_index, None, PROBS)
         x_at, t_at = locate(logits, sizes, o, i, ALIGN), locate(target, sizes, o, i, ALIGN) if PROBS else None
         read, at = there if logits.inner is None else live, locate(grad, sizes, o, i, ALIGN)
-        tensors = logits, x_at, target, t_at, weight, read
+        tensors = logits, target, t_at, weight, read
         m = tl.load(stats + rows * 4, mask=there, other=0.0).to(ACC)
         so = tl.load(stats + rows * 4 + 1, mask=there, other=0.0).to(ACC)
         rest = tl.load(stats + rows * 4 + 2, mask=there, other=0.0).to(ACC)
@@ -598,14 +645,14 @@ def backward(
             y, scale = y_or_D.to(tl.int32), g / D
         else:
             scale = g / y_or_D.to(ACC)
-        z_y, q_y = load_y(tensors, y, m, scalars, SOFTCAP)
+        z_y, q_y = load_y(tensors, x_at, y, m, scalars, SOFTCAP)
         factors = grad_factors(z_y, m, so, rest, q_y, scale, of_lse)
         if INPLACE:
             tl.debug_barrier()
-        dt_at = locate(grad if d_target is None else d_target, sizes, o, i, ALIGN)
-        grads, row = (grad, at, d_target, dt_at, (1.0 - e) * scale), (there, live, y, m, minus_m(z_y, m, so), factors)
+        dt_scale, row = (1.0 - e) * scale, (there, live, y, m, minus_m(z_y, m, so), factors)
+        grads = grad, d_target, None if d_target.ptr is None else locate(d_target, sizes, o, i, ALIGN), dt_scale
         first, stride = tl.program_id(1), tl.num_programs(1)
-        sweep(tensors, grads, row, scalars, lanes, first, stride, DENSE, SOFTCAP, EXACT, ALIGN, VECTOR, SAME)
+        sweep(tensors, grads, x_at, at, row, scalars, lanes, first, stride, DENSE, SOFTCAP, EXACT, ALIGN, VECTOR, SAME)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])

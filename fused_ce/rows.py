@@ -13,10 +13,13 @@ from torch import Tensor
 class Matrix(NamedTuple):
     """A value for each row and class, as one kernel argument. None in place of a stride of 1: known when compiling."""
 
-    ptr: Tensor  # (N, C, d1..dk) or (C)
+    ptr: Tensor | None  # (N, C, d1..dk) or (C)
     outer: tuple[int, ...] | None  # strides of the row dimensions before the last, innermost first
     inner: int | None  # of the last row dimension
     col: int | None  # of the classes
+
+
+NOTHING = Matrix(None, None, None, None)
 
 
 class Rows(NamedTuple):
