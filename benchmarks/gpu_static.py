@@ -140,6 +140,31 @@ class Code(NamedTuple):
     spill: int
     lines: list[str]
 
+    @property
+    def regions(self) -> list[list[str]]:
+        """What is outside of the loops that hold no other, and each of these."""
+        labels = {match[1]: i for i, line in enumerate(self.lines) if (match := re.match(LABEL, line))}
+        branches = ((i, match) for i, line in enumerate(self.lines) if (match := re.search(BRANCH, line)))
+        loops = {(labels[to[1]], i) for i, to in branches if labels.get(to[1], i) < i}
+        inner = sorted((a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops))
+        outside = [line for i, line in enumerate(self.lines) if not any(a <= i < b for a, b in inner)]
+        return [outside, *(self.lines[a:b] for a, b in inner)]
+
+    @property
+    def inner_spill(self) -> int:
+        """Spills that every tile of classes pays for, not just every row."""
+        return sum(len(re.findall(SPILL, "\n".join(region))) for region in self.regions[1:] or self.regions)
+
+    def exps(self, itemsize: int) -> float:
+        """Exponentials for each logit: the sum over all places that read them."""
+        exps = 0.0
+        for i, region in enumerate(map(count, self.regions)):
+            loaded = max((int(bits) * number for bits, number in region["ldg"].items()), default=0)
+            few = i == 0 and region["ex2"] < 8  # of the row, whose classes are gone through elsewhere
+            if loaded and not few:
+                exps += region["ex2"] * itemsize * 8 / loaded
+        return round(exps, 2)
+
 
 def disassembled(kernel: Any) -> Code:
     if "amdgcn" in kernel.asm:
@@ -153,8 +178,7 @@ def disassembled(kernel: Any) -> Code:
             subprocess.run([TOOLS / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    spill = len(re.findall(r"\b(?:LDL|STL)\b", text))
-    return Code(int(re.search(r"\bREG:(\d+)", usage)[1]), spill, text.splitlines())
+    return Code(int(re.search(r"\bREG:(\d+)", usage)[1]), len(re.findall(SPILL, text)), text.splitlines())
 
 
 INSTRUCTIONS = {
@@ -163,7 +187,7 @@ INSTRUCTIONS = {
     "ex2": r"\bMUFU\.EX2\b|\bv_exp_f32",
     "barriers": r"\bBAR\.SYNC|\bBAR\.RED|\bUCGABAR_WAIT|\bs_barrier",
 }
-LABEL, BRANCH = r"^(\.L[\w.]+):", r"(?:BRA[.\w]* .*`\((\.L[\w.]+)\)|s_c?branch\w* (\.L[\w.]+))"
+LABEL, BRANCH, SPILL = r"^(\.L[\w.]+):", r"\bBRA\b.*`\((\.L[\w.]+)\)", r"\b(?:LDL|STL)\b"  # NVIDIA's
 
 
 def width(instruction: str) -> int:
@@ -183,27 +207,6 @@ def count(lines: list[str]) -> dict[str, Any]:
         widths = collections.Counter(map(width, found[name]))
         found[name] = {str(bits): widths[bits] for bits in sorted(widths, reverse=True)}
     return found | {name: len(found[name]) for name in ("ex2", "barriers")}
-
-
-def regions(lines: list[str]) -> list[list[str]]:
-    """What is outside of the loops that hold no other, and each of these."""
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(LABEL, line))}
-    branches = ((i, match[1] or match[2]) for i, line in enumerate(lines) if (match := re.search(BRANCH, line)))
-    loops = {(labels[to], i) for i, to in branches if labels.get(to, i) < i}
-    inner = sorted((a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops))
-    outside = [line for i, line in enumerate(lines) if not any(a <= i < b for a, b in inner)]
-    return [outside, *(lines[a:b] for a, b in inner)]
-
-
-def exps_per_logit(lines: list[str], itemsize: int) -> float:
-    """Exponentials for each logit: the sum over all places that read them."""
-    exps = 0.0
-    for i, region in enumerate(map(count, regions(lines))):
-        loaded = max((int(bits) * number for bits, number in region["ldg"].items()), default=0)
-        few = i == 0 and region["ex2"] < 8  # of the row, whose classes are gone through elsewhere
-        if loaded and not few:
-            exps += region["ex2"] * itemsize * 8 / loaded
-    return round(exps, 2)
 
 
 @functools.cache
@@ -244,9 +247,10 @@ FIGURES: dict[str, dict[str, Any]] = {}
 def figures_of(kernel: Any, itemsize: int) -> dict[str, Any]:
     if kernel.hash not in FIGURES:
         code = disassembled(kernel)
+        figures = {"regs": code.regs, "spill": code.spill, **count(code.lines)}
         # Not of AMD's code, whose loops are no stretches of lines.
-        exps = {"exps": None if "amdgcn" in kernel.asm else exps_per_logit(code.lines, itemsize)}
-        FIGURES[kernel.hash] = {"regs": code.regs, "spill": code.spill, **count(code.lines), **exps}
+        loops = {"inner_spill": code.inner_spill, "exps": code.exps(itemsize)} if "cubin" in kernel.asm else {}
+        FIGURES[kernel.hash] = figures | {"inner_spill": code.spill, "exps": None} | loops
     return FIGURES[kernel.hash]
 
 

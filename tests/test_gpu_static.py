@@ -71,7 +71,7 @@ def test_every_kernel_is_there(report: dict[str, Any]) -> None:
 def test_nothing_spills(rows: Rows) -> None:
     # Of backward ptxas may put a row's own values aside, outside of the loop over classes; it does for sm_100.
     allowed = {"forward": 0, "backward": 4}
-    assert [row for row in rows if row["spill"] > allowed[row["kernel"]]] == []
+    assert [row for row in rows if row["inner_spill"] or row["spill"] > allowed[row["kernel"]]] == []
 
 
 def test_registers_leave_room_for_16_warps(rows: Rows) -> None:
@@ -131,7 +131,7 @@ def code(**options):
 cramped = compiled(forward(), TARGETS["sm_90"], maxnreg=32)
 other = {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
 print(json.dumps({
-    "spill": figures_of(cramped, 2)["spill"],
+    "spill": figures_of(cramped, 2)["inner_spill"],
     "again": [code(**{name: value}) == code(**{name: value * 1.5}) for name, value in other.items()],
     "ignored": code(ignore_index=-100) == code(ignore_index=1) == code(ignore_index=16),
 }))
