@@ -155,15 +155,17 @@ class Code(NamedTuple):
         """Spills that every tile of classes pays for, not just every row."""
         return sum(len(re.findall(SPILL, "\n".join(region))) for region in self.regions[1:] or self.regions)
 
-    def exps(self, itemsize: int) -> float:
-        """Exponentials for each logit: the sum over all places that read them."""
-        exps = 0.0
-        for i, region in enumerate(map(count, self.regions)):
+    def per_logit(self, itemsize: int) -> dict[str, float]:
+        """Exponentials and instructions of a lane for each logit: the sums over all places that read them."""
+        exps = instructions = 0.0
+        for i, lines in enumerate(self.regions):
+            region = count(lines)
             loaded = max((int(bits) * number for bits, number in region["ldg"].items()), default=0)
             few = i == 0 and region["ex2"] < 8  # of the row, whose classes are gone through elsewhere
             if loaded and not few:
                 exps += region["ex2"] * itemsize * 8 / loaded
-        return round(exps, 2)
+                instructions += sum(bool(re.search(ADDRESS, line)) for line in lines) * itemsize * 8 / loaded
+        return {"exps": round(exps, 2), "instructions": round(instructions, 1)}
 
 
 def disassembled(kernel: Any) -> Code:
@@ -182,12 +184,13 @@ def disassembled(kernel: Any) -> Code:
 
 
 INSTRUCTIONS = {
-    "ldg": r"\bLDG\.E[.\w]*|\b(?:global|buffer|flat)_load_\w+",
+    "ldg": r"\bLDG(?:STS)?\.E[.\w]*|\b(?:global|buffer|flat)_load_\w+",
     "stg": r"\bSTG\.E[.\w]*|\b(?:global|buffer|flat)_store_\w+",
     "ex2": r"\bMUFU\.EX2\b|\bv_exp_f32",
     "barriers": r"\bBAR\.SYNC|\bBAR\.RED|\bUCGABAR_WAIT|\bs_barrier",
 }
 LABEL, BRANCH, SPILL = r"^(\.L[\w.]+):", r"\bBRA\b.*`\((\.L[\w.]+)\)", r"\b(?:LDL|STL)\b"  # NVIDIA's
+ADDRESS = r"/\*[0-9a-f]{4,}\*/"
 
 
 def width(instruction: str) -> int:
@@ -249,8 +252,10 @@ def figures_of(kernel: Any, itemsize: int) -> dict[str, Any]:
         code = disassembled(kernel)
         figures = {"regs": code.regs, "spill": code.spill, **count(code.lines)}
         # Not of AMD's code, whose loops are no stretches of lines.
-        loops = {"inner_spill": code.inner_spill, "exps": code.exps(itemsize)} if "cubin" in kernel.asm else {}
-        FIGURES[kernel.hash] = figures | {"inner_spill": code.spill, "exps": None} | loops
+        inner = {"inner_spill": code.spill, "exps": None, "instructions": None}
+        if "cubin" in kernel.asm:
+            inner = {"inner_spill": code.inner_spill, **code.per_logit(itemsize)}
+        FIGURES[kernel.hash] = figures | inner
     return FIGURES[kernel.hash]
 
 
@@ -318,12 +323,13 @@ def parse() -> argparse.Namespace:
 def show(rows: list[dict[str, Any]], model: list[dict[str, Any]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 170)
     first = ("kernel", "schedule", "target", "dtype", "V", "num_warps", "num_ctas", "regs", "spill")
-    last = ("loads", "stores", "ex2", "exps", "barriers", "passes", "warps an SM")
+    last = ("loads", "stores", "ex2", "barriers", "exps", "instrs a logit", "passes", "warps an SM")
     table = Table(*first, *last, title=f"Triton {triton.__version__}, N = {N}", box=SIMPLE, padding=0)
     for row in rows:
         widths = (" ".join(f"{n}x{bits}" for bits, n in row[way].items()) for way in ("ldg", "stg"))
         passes = f"{row['reads']}R+{row['writes']}W"
-        end = *widths, row["ex2"], row["exps"], row["barriers"], passes, row["resident_warps"]
+        counts = (row[name] for name in ("ex2", "barriers", "exps", "instructions"))
+        end = *widths, *counts, passes, row["resident_warps"]
         table.add_row(*("" if cell is None else str(cell) for cell in (*(row[name] for name in first), *end)))
     for column in table.columns:
         column.no_wrap = True
