@@ -159,26 +159,36 @@ def forward(
         sizes, (logits, probs, dx) = matrices(input, target if target.is_floating_point() else None, grad)
         cut, meta = _meta(input, target, weight, options, sizes, (logits, probs, dx), held=True)
         bundles = math.prod(sizes[:-1]) * -(-sizes[-1] // cut.rows)
-        _launch(
-            "forward",
-            (min(bundles, cut.programs),),
-            logits,
-            probs or rows(target),
-            _packed(weight),
-            norm,
-            _number(options.grad_scale, dtype, input.device),
-            None if probs else _bad(input.device),
-            Out(loss, stats, extras),
-            dx or NOTHING,
-            tuple(sizes[-2::-1]) or None,
-            bundles,
-            sizes[-1],
-            *_scalars(input, options),
-            options.lse_square_scale,
-            **meta,
-            PIECES=cut.pieces,
-            **({"num_ctas": cut.ctas} if cut.ctas > 1 else {}),
-        )
+        parts: Tensor | None = None
+        grids: dict[int, tuple[int, ...]] = {0: (min(bundles, cut.programs),)}
+        if not cut.pieces and cut.rows == 1 and 2 * bundles <= device(input).multiprocessors and not options.inplace:
+            # Few rows: one program a tile, and then one to join the tiles' sums in the same order as ever.
+            tiles = -(-_classes(input) // cut.block)
+            parts = loss.new_empty((bundles, tiles, 8), dtype=torch.float64)
+            grids = {1: (bundles, tiles), 2: (bundles, tiles if fused else 1)}
+        for step, grid in grids.items():
+            _launch(
+                "forward",
+                grid,
+                logits,
+                probs or rows(target),
+                _packed(weight),
+                norm,
+                _number(options.grad_scale, dtype, input.device),
+                None if probs else _bad(input.device),
+                parts,
+                Out(loss, stats, extras),
+                dx or NOTHING,
+                tuple(sizes[-2::-1]) or None,
+                bundles,
+                sizes[-1],
+                *_scalars(input, options),
+                options.lse_square_scale,
+                **meta,
+                PIECES=cut.pieces,
+                STEP=step,
+                **({"num_ctas": cut.ctas} if cut.ctas > 1 else {}),
+            )
     return loss if none else _total(loss.view(-1), norm, dtype), grad, stats, extras
 
 

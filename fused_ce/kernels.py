@@ -20,6 +20,11 @@ def accumulator(pointer):
     return tl.float64 if pointer.element_ty == tl.float64 else tl.float32
 
 
+@triton.constexpr_function
+def is_float32(pointer):
+    return pointer.element_ty == tl.float32
+
+
 @triton.jit
 def exp(d, EXACT: tl.constexpr):
     if d.dtype == tl.float64:
@@ -297,25 +302,15 @@ def store_tile(matrix, at, values, mask):
 
 @triton.jit
 def store_grad(
-    tensors,
-    grads,
-    x_at,
-    at,
-    cols,
-    there,
-    row,
-    scalars,
-    DENSE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    EXACT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    tensors, grads, x_at, at, cols, there, row, scalars, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, ALIGN: tl.constexpr
 ):
     """The gradients of one tile, from the logits."""
     grad, d_target, dt_at, dt_scale = grads
     exists, live, y, m, lse_m, factors = row
     _, _, k, s = scalars
     x, z, q = load_tile(tensors, x_at, cols, there, scalars, DENSE, SOFTCAP, ALIGN, "evict_first")
-    dx = row_grad(x, exp(z - finite(m), EXACT), q, cols == y, factors, k, s, DENSE, SOFTCAP)
+    e_c = exp(z - finite(m), is_float32(tensors[0].ptr.dtype))
+    dx = row_grad(x, e_c, q, cols == y, factors, k, s, DENSE, SOFTCAP)
     store_tile(grad, at, tl.where(live, dx, 0.0), exists & there)  # an ignored row may hold NaN
     if dt_at is not None:
         dt = target_grad(z, tensors[3], cols, there, m, lse_m, dt_scale)
@@ -331,16 +326,13 @@ def sweep(
     row,
     scalars,
     lanes,
-    first,
-    stride,
     DENSE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    EXACT: tl.constexpr,
     ALIGN: tl.constexpr,
     VECTOR: tl.constexpr,
     SAME: tl.constexpr,
 ):
-    """The gradients of whole rows, from the end, because what was read last is still in the cache.
+    """This program's share of the gradients of whole rows, from the end: what was read last is still in the cache.
 
     Rows that begin anywhere (VECTOR > 1) are cut at the boundaries of VECTOR values in memory, which then move as
     one; what is left at both edges moves apart. SAME: the logits are cut where the gradient is.
@@ -349,24 +341,24 @@ def sweep(
     BLOCK: tl.constexpr = lanes.shape[-1]
     tiles = tl.cdiv(C + (VECTOR - 1), BLOCK)
     if VECTOR == 1:
-        for i in range(first, tiles, stride):
+        for i in range(tl.program_id(1), tiles, tl.num_programs(1)):
             cols = lanes + (tiles - 1 - i) * BLOCK
             x, dx = x_at + step(cols, x_col, ALIGN), at + step(cols, dx_col, ALIGN)
-            store_grad(tensors, grads, x, dx, cols, cols < C, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
+            store_grad(tensors, grads, x, dx, cols, cols < C, row, scalars, DENSE, SOFTCAP, ALIGN)
     else:
         before = (at % VECTOR).to(tl.int32)  # values between the boundary and the row
         whole = (C + before) // VECTOR
         x_cut, cut = x_at // VECTOR * VECTOR if SAME else x_at - before, at // VECTOR * VECTOR
-        for i in range(first, tiles, stride):
+        for i in range(tl.program_id(1), tiles, tl.num_programs(1)):
             place = lanes + (tiles - 1 - i) * BLOCK
             there = (place // VECTOR >= tl.minimum(before, 1)) & (place // VECTOR < whole)
             x, dx, cols = x_cut + place, cut + place, place - before
-            store_grad(tensors, grads, x, dx, cols, there, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
-        if first == 0:
+            store_grad(tensors, grads, x, dx, cols, there, row, scalars, DENSE, SOFTCAP, ALIGN)
+        if tl.program_id(1) == 0:
             _, edge = shape(at.shape[0], 2 * VECTOR)
             cols = tl.where(edge < VECTOR, edge, whole * VECTOR - before + edge - VECTOR)
             there = tl.where(edge < VECTOR, (edge < VECTOR - before) & (before > 0), cols < C)
-            store_grad(tensors, grads, x_at + cols, at + cols, cols, there, row, scalars, DENSE, SOFTCAP, EXACT, ALIGN)
+            store_grad(tensors, grads, x_at + cols, at + cols, cols, there, row, scalars, DENSE, SOFTCAP, ALIGN)
 
 
 @triton.jit
@@ -416,20 +408,24 @@ def load_part(
     PROBS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEAT: tl.constexpr,
-    EXACT: tl.constexpr,
     ALIGN: tl.constexpr,
-    KEEP: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """PIECES tiles from the class `start` on: the sums of that part of a row, and x, exp(z - m) and q of each tile."""
+    """The sums of PIECES tiles from the class `start` on, and what to hold of each: x, exp(z - m) and q.
+
+    No PIECES: of one tile, which is read again for its gradient.
+    """
     C = scalars[0]
+    KEEP: tl.constexpr = "evict_first" if PIECES else "evict_last"
     BLOCK: tl.constexpr = lanes.shape[-1]
+    COUNT: tl.constexpr = PIECES if PIECES else 1
+    EXACT: tl.constexpr = is_float32(tensors[0].ptr.dtype)
     nothing = tl.zeros_like(y + lanes).to(q_y.dtype)
     tiles, highest, at = (), nothing + float("-inf"), nothing.to(tl.int32) - 1
-    for i in tl.static_range(PIECES):
+    for i in tl.static_range(COUNT):
         cols = lanes + (start + i * BLOCK)
         # All classes of the pieces before the last exist.
-        there = cols < C if i == PIECES - 1 else None
+        there = cols < C if i == COUNT - 1 else None
         at_cols = x_at + step(cols, tensors[0].col, ALIGN)
         x, z, q = load_tile(tensors, at_cols, cols, there, scalars, DENSE, SOFTCAP, ALIGN, KEEP)
         tiles += ((x, z, q),)  # type: ignore[assignment]
@@ -443,11 +439,11 @@ def load_part(
     if PROBS:
         y = best
         q_lanes = nothing
-        for i in tl.static_range(PIECES):
+        for i in tl.static_range(COUNT):
             q_lanes += tl.where(lanes + (start + i * BLOCK) == y, tiles[i][2], 0.0)
         q_y = tl.sum(q_lanes, -1, keep_dims=True)
     sums, held = (nothing, nothing, nothing, nothing), ()
-    for i in tl.static_range(PIECES):
+    for i in tl.static_range(COUNT):
         x, z, q = tiles[i]
         first = start + i * BLOCK
         # Not cols == y: that would be kept for the gradient, at the cost of what compares again.
@@ -455,6 +451,21 @@ def load_part(
         held += ((x, e_c, q),)  # type: ignore[assignment]
     so, rest, below, heat = add_up(sums, tl.zeros_like(m), DENSE, HEAT)
     return (m, so, rest, below, heat, y, q_y, best), held
+
+
+@triton.jit
+def store_part(parts, at, sums, there):
+    for i in tl.static_range(len(sums)):
+        tl.store(parts + at * len(sums) + i, sums[i].to(tl.float64), mask=there)
+
+
+@triton.jit
+def read_part(parts, at, like, there):
+    sums = ()
+    for i in tl.static_range(len(like)):
+        value = tl.load(parts + at * len(like) + i, mask=there, other=0.0)
+        sums += (value.to(like[i].dtype),)  # type: ignore[assignment]
+    return sums
 
 
 @triton.jit(do_not_specialize=["bundles", "inner", "ignore_index"])
@@ -465,6 +476,7 @@ def forward(
     norm,  # (2,), see `prepare`; None: no division
     expected,  # (), the upstream gradient that grad is for; None: 1
     bad,  # (1,), see `gpu.check_targets`
+    parts,  # (N, tiles, 8) or None
     out,  # loss, stats and extras, by the number of the row
     grad,  # Matrix, of nothing if none is wanted; may be the logits
     sizes,  # of the outer row dimensions, or None
@@ -488,10 +500,11 @@ def forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,  # that a row is held in; 0: it is read a second time for the gradient
+    STEP: tl.constexpr,  # 1 and 2 share a row between programs, a tile each: its sums into parts, then the rest
 ):
     """Everything of ROWS rows at a time. Fewer programs than rows keep what is read twice in the cache."""
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
-    EXACT: tl.constexpr = logits.ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = is_float32(logits.ptr.dtype)
     HEAT: tl.constexpr = out.extras is not None
     C = C // ALIGN * ALIGN if logits.col is None else C
     inner = inner // ALIGN * ALIGN if logits.inner is None else inner
@@ -510,78 +523,46 @@ def forward(
             z_y, q_y = load_y(tensors, x_at, y, zero, scalars, SOFTCAP)
         if PIECES:
             sums, tiles = load_part(
-                tensors,
-                x_at,
-                0,
-                lanes,
-                y,
-                q_y,
-                scalars,
-                DENSE,
-                PROBS,
-                SOFTCAP,
-                HEAT,
-                EXACT,
-                ALIGN,
-                "evict_first",
-                PIECES,
+                tensors, x_at, 0, lanes, y, q_y, scalars, DENSE, PROBS, SOFTCAP, HEAT, ALIGN, PIECES
             )
+        elif STEP == 1:
+            t = tl.program_id(1)
+            sums, _ = load_part(tensors, x_at, t * BLOCK, lanes, y, q_y, scalars, DENSE, PROBS, SOFTCAP, HEAT, ALIGN, 0)
+            store_part(parts, rows * tl.num_programs(1) + t, sums, there)
         else:
             sums = zero + float("-inf"), zero, zero, zero, zero, y, q_y, tl.full(r.shape, -1, tl.int32)
-            for start in range(0, C, BLOCK):
-                more, _ = load_part(
-                    tensors,
-                    x_at,
-                    start,
-                    lanes,
-                    y,
-                    q_y,
-                    scalars,
-                    DENSE,
-                    PROBS,
-                    SOFTCAP,
-                    HEAT,
-                    EXACT,
-                    ALIGN,
-                    "evict_last",
-                    1,
-                )
+            tiles = tl.cdiv(C, BLOCK)
+            for t in range(0, tiles):
+                if STEP == 2:
+                    more = read_part(parts, rows * tiles + t, sums, there)
+                else:
+                    more, _ = load_part(
+                        tensors, x_at, t * BLOCK, lanes, y, q_y, scalars, DENSE, PROBS, SOFTCAP, HEAT, ALIGN, 0
+                    )
                 sums = join(sums, more, PROBS, EXACT)
-        m, so, rest, _, _, y, q_y, _ = sums
-        if PROBS:
-            z_y = m
-        rest = store_rows(out, rows, there, live, sums, z_y, D, count, L, DENSE, PROBS)
-        if grad.ptr is not None:
-            if INPLACE:
-                tl.debug_barrier()  # no warp may still be reading these rows
-            at = locate(grad, sizes, o, i, ALIGN)
-            factors = grad_factors(z_y, m, so, rest, q_y, zero + load_scalar(expected, 0, ACC) / D, zero)
-            if PIECES and VECTOR == 1:
-                for i in tl.static_range(PIECES):
-                    x, e_c, q = tiles[i]
-                    cols = lanes + i * BLOCK
-                    dx = tl.where(live, row_grad(x, e_c, q, cols == y, factors, scalars[2], s, DENSE, SOFTCAP), 0.0)
-                    mask = there & (cols < C) if i == PIECES - 1 else there
-                    store_tile(grad, at + step(cols, grad.col, ALIGN), dx, mask)
-            else:
-                row = there, live, y, m, zero, factors
-                sweep(
-                    tensors,
-                    (grad, grad, None, zero),
-                    x_at,
-                    at,
-                    row,
-                    scalars,
-                    lanes,
-                    0,
-                    1,
-                    DENSE,
-                    SOFTCAP,
-                    EXACT,
-                    ALIGN,
-                    VECTOR,
-                    SAME,
-                )
+        if STEP != 1:
+            m, so, rest, _, _, y, q_y, _ = sums
+            if PROBS:
+                z_y = m
+            once = there & (tl.zeros_like(r) + tl.program_id(1) == 0)
+            rest = store_rows(out, rows, once, live, sums, z_y, D, count, L, DENSE, PROBS)
+            if grad.ptr is not None:
+                if INPLACE:
+                    tl.debug_barrier()  # no warp may still be reading these rows
+                at = locate(grad, sizes, o, i, ALIGN)
+                factors = grad_factors(z_y, m, so, rest, q_y, zero + load_scalar(expected, 0, ACC) / D, zero)
+                if PIECES and VECTOR == 1:
+                    for t in tl.static_range(PIECES):
+                        x, e_c, q = tiles[t]
+                        cols = lanes + t * BLOCK
+                        dx = row_grad(x, e_c, q, cols == y, factors, scalars[2], s, DENSE, SOFTCAP)
+                        dx = tl.where(live, dx, 0.0)  # an ignored row may hold NaN
+                        mask = there & (cols < C) if t == PIECES - 1 else there
+                        store_tile(grad, at + step(cols, grad.col, ALIGN), dx, mask)
+                else:
+                    row = there, live, y, m, zero, factors
+                    grads = grad, grad, None, zero
+                    sweep(tensors, grads, x_at, at, row, scalars, lanes, DENSE, SOFTCAP, ALIGN, VECTOR, SAME)
 
 
 @triton.jit(do_not_specialize=["bundles", "inner", "ignore_index"])
@@ -621,7 +602,6 @@ def backward(
     if UNLESS_EXPECTED:
         if tl.load(upstream.ptr).to(tl.float64) == load_scalar(expected, 0, tl.float64):
             return
-    EXACT: tl.constexpr = logits.ptr.dtype.element_ty == tl.float32
     C = C // ALIGN * ALIGN if logits.col is None else C
     inner = inner // ALIGN * ALIGN if logits.inner is None else inner
     e, s = tl.full((), e, ACC), tl.full((), s, ACC)
@@ -651,8 +631,7 @@ def backward(
             tl.debug_barrier()
         dt_scale, row = (1.0 - e) * scale, (there, live, y, m, minus_m(z_y, m, so), factors)
         grads = grad, d_target, None if d_target.ptr is None else locate(d_target, sizes, o, i, ALIGN), dt_scale
-        first, stride = tl.program_id(1), tl.num_programs(1)
-        sweep(tensors, grads, x_at, at, row, scalars, lanes, first, stride, DENSE, SOFTCAP, EXACT, ALIGN, VECTOR, SAME)
+        sweep(tensors, grads, x_at, at, row, scalars, lanes, DENSE, SOFTCAP, ALIGN, VECTOR, SAME)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
