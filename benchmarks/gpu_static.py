@@ -39,9 +39,9 @@ from fused_ce import gpu, kernels
 from fused_ce.options import Options
 from fused_ce.rows import Matrix
 
-N = 8192
 CLASSES = (10, 1000, 4096, 32000, 50257, 65537, 128256, 151936, 262144)
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+PLAIN = Options()
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -99,6 +99,8 @@ class Launch(NamedTuple):
         if self.kernel != "forward":
             return 0, 0
         written = sum(isinstance(argument, Matrix) and argument.ptr is not None for argument in self.args[1:])
+        if self.meta["STEP"]:  # a row shared between programs: its sums, then the rest
+            return (1, 0) if self.meta["STEP"] == 1 else (written, written)
         return (2 if written and walked(self.meta) else 1), written
 
 
@@ -107,7 +109,7 @@ def walked(meta: dict[str, Any]) -> bool:
     return meta["PIECES"] == 0 or meta["VECTOR"] > 1
 
 
-def launches(C: int, dtype: torch.dtype, target: Target, options: Options = Options()) -> Iterator[Launch]:  # noqa: B008
+def launches(N: int, C: int, dtype: torch.dtype, target: Target, options: Options = PLAIN) -> Iterator[Launch]:
     """What a call launches, forward and backward, by each schedule."""
     input = torch.empty(N, C, dtype=dtype, device="meta")
     labels = torch.empty(N, dtype=torch.int64, device="meta")
@@ -221,7 +223,7 @@ def resident_warps(regs: int, num_warps: int, target: str) -> int | None:
     return min(64 // num_warps, programs) * num_warps
 
 
-def row(launch: Launch, target: str, dtype: str, V: int) -> dict[str, Any]:
+def row(launch: Launch, target: str, dtype: str, N: int, V: int) -> dict[str, Any]:
     kernel = compiled(launch, TARGETS[target])
     figures, num_warps = figures_of(kernel, DTYPES[dtype].itemsize), kernel.metadata.num_warps
     reads, writes = launch.passes
@@ -230,6 +232,7 @@ def row(launch: Launch, target: str, dtype: str, V: int) -> dict[str, Any]:
         "kernel": launch.kernel,
         "target": target,
         "dtype": dtype,
+        "N": N,
         "V": V if "ROWS" in launch.meta else None,  # the others do not know of it
         "num_warps": num_warps,
         "num_ctas": launch.meta.get("num_ctas", 1),
@@ -259,10 +262,10 @@ def figures_of(kernel: Any, itemsize: int) -> dict[str, Any]:
     return FIGURES[kernel.hash]
 
 
-def rows_of(job: tuple[str, str, int], names: list[str]) -> list[dict[str, Any]]:
+def rows_of(job: tuple[str, str, int], N: int, names: list[str]) -> list[dict[str, Any]]:
     target, dtype, V = job
-    calls = launches(V, DTYPES[dtype], TARGETS[target])
-    return [row(launch, target, dtype, V) for launch in calls if launch.kernel in names]
+    calls = launches(N, V, DTYPES[dtype], TARGETS[target])
+    return [row(launch, target, dtype, N, V) for launch in calls if launch.kernel in names]
 
 
 # The byte model: how often loss and gradient go over the logits if the upstream gradient is the expected one, and if
@@ -277,7 +280,7 @@ PASSES = {
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}  # bytes/s, from the data sheets
 
 
-def floors(V: int, dtype: str) -> dict[str, Any]:
+def floors(N: int, V: int, dtype: str) -> dict[str, Any]:
     """For each number of passes the bytes, and the microseconds they take at full bandwidth."""
     size = N * V * DTYPES[dtype].itemsize
     counts = sorted({n for pair in PASSES.values() for n in pair})
@@ -288,12 +291,12 @@ def floors(V: int, dtype: str) -> dict[str, Any]:
 def main() -> int:
     args = parse()
     jobs = list(itertools.product(args.target, args.dtype, args.classes))
-    work = functools.partial(rows_of, names=args.kernel)
+    work = functools.partial(rows_of, N=args.rows, names=args.kernel)
     # Not forked: torch has threads.
     with ProcessPoolExecutor(min(2, len(jobs)), multiprocessing.get_context("spawn")) as pool:
         found = list(itertools.chain(*pool.map(work, jobs)))
     rows = list({(row["hash"], row["dtype"], row["V"]): row for row in found[::-1]}.values())[::-1]  # each once
-    model = [floors(V, dtype) for dtype, V in itertools.product(args.dtype, args.classes)]
+    model = [floors(args.rows, V, dtype) for dtype, V in itertools.product(args.dtype, args.classes)]
     if args.json:
         content = {"machine": machine("cpu"), "rows": rows, "passes": PASSES, "model": model}
         Path(args.json).write_text(json.dumps(content, indent=1, default=str) + "\n")
@@ -313,6 +316,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", type=names, default=list(TARGETS), help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--dtype", type=names, default=list(DTYPES), help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--classes", type=lambda text: [int(C) for C in text.split(",")], default=CLASSES)
+    parser.add_argument("--rows", metavar="N", type=int, default=8192, help="few rows are shared between programs")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -324,7 +328,7 @@ def show(rows: list[dict[str, Any]], model: list[dict[str, Any]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 170)
     first = ("kernel", "schedule", "target", "dtype", "V", "num_warps", "num_ctas", "regs", "spill")
     last = ("loads", "stores", "ex2", "barriers", "exps", "instrs a logit", "passes", "warps an SM")
-    table = Table(*first, *last, title=f"Triton {triton.__version__}, N = {N}", box=SIMPLE, padding=0)
+    table = Table(*first, *last, title=f"Triton {triton.__version__}, N = {model[0]['N']}", box=SIMPLE, padding=0)
     for row in rows:
         widths = (" ".join(f"{n}x{bits}" for bits, n in row[way].items()) for way in ("ldg", "stg"))
         passes = f"{row['reads']}R+{row['writes']}W"
@@ -337,7 +341,8 @@ def show(rows: list[dict[str, Any]], model: list[dict[str, Any]]) -> None:
     for name, (expected, other) in PASSES.items():
         console.print(f"passes over the logits: {name}: {expected}, {other} for another upstream gradient")
     counts = list(model[0]["gb"])
-    title = f"floor of N = {N} in us: {', '.join(f'{name} {speed / 1e12} TB/s' for name, speed in BANDWIDTH.items())}"
+    speeds = ", ".join(f"{name} {speed / 1e12} TB/s" for name, speed in BANDWIDTH.items())
+    title = f"floor of N = {model[0]['N']} in us: {speeds}"
     table = Table("dtype", "V", "GB a pass", *(f"{n} passes" for n in counts), title=title, box=SIMPLE)
     for line in model:
         us = (" / ".join(f"{us[n]:.{int(us[n] < 10)}f}" for us in line["floor_us"].values()) for n in counts)

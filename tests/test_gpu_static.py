@@ -69,9 +69,10 @@ def test_every_kernel_is_there(report: dict[str, Any]) -> None:
 
 
 def test_nothing_spills(rows: Rows) -> None:
-    # Of backward ptxas may put a row's own values aside, outside of the loop over classes; it does for sm_100.
-    allowed = {"forward": 0, "backward": 4}
-    assert [row for row in rows if row["inner_spill"] or row["spill"] > allowed[row["kernel"]]] == []
+    assert [row for row in rows if row["inner_spill"]] == []
+    assert [row for row in rows if row["kernel"] == "forward" and row["schedule"] == "fused" and row["spill"]] == []
+    # ptxas may put a few of a row's own values aside, outside of the loop over classes; 3.9's does at 64 registers.
+    assert max(row["spill"] for row in rows) <= 8
 
 
 def test_registers_leave_room_for_16_warps(rows: Rows) -> None:
@@ -122,7 +123,7 @@ from gpu_static import TARGETS, compiled, figures_of, launches
 from fused_ce.options import Options
 
 def forward(**options):
-    calls = launches(1000, torch.bfloat16, TARGETS["sm_90"], Options(**options))
+    calls = launches(8192, 1000, torch.bfloat16, TARGETS["sm_90"], Options(**options))
     return next(call for call in calls if call.schedule == "fused" and call.kernel == "forward")
 
 def code(**options):
