@@ -328,7 +328,7 @@ def _bad(device: torch.device) -> Tensor:  # (1,)
     """The last target of this device that was out of range, or 0, which no target can be."""
     if device not in _BAD:
         with torch.inference_mode(False):
-            _BAD[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            _BAD.setdefault(device, torch.zeros(1, dtype=torch.int64, device=device))
     return _BAD[device]
 
 

@@ -123,7 +123,7 @@ def test_paths(backend: Backend, case: Case, path: str, monkeypatch: pytest.Monk
 
 
 @only_triton
-@pytest.mark.parametrize("case", [case for case in MATRICES if case.C == 101], ids=str)
+@pytest.mark.parametrize("case", [case for case in MATRICES if case.C == 101 and (case.weight or case.probs)], ids=str)
 def test_rows_shared_by_programs_have_the_same_bits(
     backend: Backend, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,16 +142,16 @@ def test_rows_shared_by_programs_have_the_same_bits(
 @only_triton
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("C", [16, 64, 65, 100, 103])
+@pytest.mark.parametrize("C", [64, 65, 103])
 def test_neighbours_in_memory(
     backend: Backend, C: int, dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows that begin at every place of a vector, between values that are nobody's to read or write.
     take(path, monkeypatch)
-    case = Case("neighbours", N=9, C=C, dtype=dtype, target=ignore(2))
+    case = Case("neighbours", N=5, C=C, dtype=dtype, target=ignore(2))
     input, *rest, options = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
-    memory = input.new_full((11, C + 3), torch.nan)
+    memory = input.new_full((7, C + 3), torch.nan)
     for offset in (0, 1):
         within = memory[1:-1, offset : offset + C].copy_(input)
         loss, grad, _, _ = gpu.forward(within, *rest, options, "fused")
