@@ -23,7 +23,8 @@ Rows = list[dict[str, Any]]
 
 
 def python(*arguments: object) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -70,8 +71,8 @@ def test_every_kernel_is_there(report: dict[str, Any]) -> None:
 
 def test_nothing_spills(rows: Rows) -> None:
     assert [row for row in rows if row["inner_spill"]] == []
-    assert [row for row in rows if row["kernel"] == "forward" and row["schedule"] == "fused" and row["spill"]] == []
-    # ptxas may put a few of a row's own values aside, outside of the loop over classes; 3.9's does at 64 registers.
+    # Where rows are not held, ptxas may put a few of a row's own values aside, outside of the loop over classes.
+    assert [row for row in rows if row["spill"] and row["schedule"] == "fused" and row["reads"] == 1] == []
     assert max(row["spill"] for row in rows) <= 8
 
 
@@ -103,15 +104,16 @@ def test_one_exponential_each_time_a_logit_is_read(rows: Rows) -> None:
             assert row["reads"] - 0.05 <= row["exps"] <= row["reads"] + 0.15, row
 
 
-def test_logits_are_read_once_where_a_row_fits(rows: Rows) -> None:
+def test_logits_are_read_once_where_a_row_fits(report: dict[str, Any], rows: Rows) -> None:
+    clusters = tuple(int(number) for number in report["machine"]["triton"].split(".")[:2]) >= (3, 9)
     fused = [row for row in rows if (row["kernel"], row["schedule"]) == ("forward", "fused")]
     passes = {(row["target"], row["V"], row["dtype"]): (row["reads"], row["writes"]) for row in fused}
     ctas = {(row["target"], row["V"], row["dtype"]): row["num_ctas"] for row in fused}
     for dtype in ("bf16", "f32"):
         assert all(passes[target, 1000, dtype] == (1, 1) for target in (*NVIDIA, "gfx942"))
         for target in ("sm_90", "sm_100"):
-            assert passes[target, 128256, dtype] == (1, 1)
-            assert ctas[target, 128256, dtype] > 1
+            assert passes[target, 128256, dtype] == ((1, 1) if clusters else (2, 1))
+            assert (ctas[target, 128256, dtype] > 1) == clusters
         assert passes["sm_80", 128256, dtype] == (2, 1)
     assert {row["num_ctas"] for row in rows if row["target"] in ("sm_80", "gfx942")} == {1}
 
