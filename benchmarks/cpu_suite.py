@@ -1,5 +1,5 @@
-"""Everything about speed on a CPU in one go: cross_entropy.py on 1 thread and on all, with torch's allocator as it is and
-asking for huge pages, then with older instruction sets, then without a gradient; and beside it what was aimed at.
+"""Everything about speed on a CPU in one go: cross_entropy.py on all threads and on 1, with torch's allocator as it is
+and asking for huge pages, then with older instruction sets, then without a gradient; and what was aimed at beside it.
 
     python benchmarks/cpu_suite.py --json out.json --plot out.png
 """

@@ -33,16 +33,20 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         limit_threads(args.threads)
     facts, rows = machine(args.device), []
-    for (N, C), dtype in itertools.product(args.shapes, args.dtype):
-        print(f"{N}x{C} {dtype} ...", file=sys.stderr, flush=True)
-        rows += measure(N, C, dtype, args)
-        if args.json:  # each time: what is measured by then outlives a limit on the time
-            save_json(args.json, facts, rows, args.peers[0])
+    stopped = False
+    try:
+        for (N, C), dtype in itertools.product(args.shapes, args.dtype):
+            print(f"{N}x{C} {dtype} ...", file=sys.stderr, flush=True)
+            rows += measure(N, C, dtype, args)
+            if args.json:  # each time: a limit on the time may end this without a word
+                save_json(args.json, facts, rows, args.peers[0])
+    except KeyboardInterrupt:  # what was measured until then is worth having
+        stopped = True
     outcome = facts, rows, args.peers[0]
     show(*outcome)
     if args.plot:
         plot(args.plot, *outcome)
-    return 0
+    return int(stopped)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,7 +60,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reduction", choices=["mean", "sum", "none"], default="mean")
     parser.add_argument("--upstream", type=float, default=1.0, help="gradient of the mean or sum [1]")
     parser.add_argument(
-        "--peers", type=peers, help=f"of {', '.join(PEERS)}, with commas; the first is the yardstick [what suits the device]"
+        "--peers",
+        type=peers,
+        help=f"of {', '.join(PEERS)}, with commas; the first is the yardstick [what suits the device]",
     )
     parser.add_argument("--threads", type=int, help="and processors to run on [all]")
     parser.add_argument("--seconds", type=float, help="of timing for each peer on each problem [1]")

@@ -76,6 +76,7 @@ def machine(device: str) -> dict[str, Any]:
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
+        facts["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return facts
 
 
@@ -87,11 +88,17 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    here = str(Path(__file__).parent)
+    described = output("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return described or os.environ.get("COMMIT", "none")
+
+
+def output(*command: str) -> str:
+    """What the command prints; empty if it cannot."""
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "none"
+        return ""
 
 
 def cpu_name() -> str:

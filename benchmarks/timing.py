@@ -27,8 +27,8 @@ Calls = dict[str, tuple[Callable[[], object], Callable[[], object]]]  # what com
 def interleaved(calls: Calls, device: str, seconds: float) -> dict[str, Timing]:
     """Time each call for about `seconds`, results thrown away within the time: freeing them is part of the cost.
 
-    Each turn begins with one call that is not timed: the one before leaves caches, an allocator and threads still
-    looking for work (OpenMP's beside jax's), which would be charged to whoever comes next.
+    On a CPU each turn begins with one call that is not timed: the one before leaves caches, an allocator and threads
+    still looking for work (OpenMP's beside jax's), which would be charged to whoever comes next.
     """
     clock = cuda_clock() if device == "cuda" else cpu_clock
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -39,12 +39,13 @@ def interleaved(calls: Calls, device: str, seconds: float) -> dict[str, Timing]:
     gc.collect()
     gc.disable()  # a collection would fall on whoever comes next
     try:
-        end = time.perf_counter() + 2 * seconds * len(calls)
+        end = time.perf_counter() + seconds * len(calls) * (2 if device == "cpu" else 1)
         rounds = 0
         while rounds < LEAST or time.perf_counter() < end:
             for name, (before, call) in calls.items():
-                before()
-                call()
+                if device == "cpu":
+                    before()
+                    call()
                 before()
                 samples[name].append(clock(call))
             rounds += 1

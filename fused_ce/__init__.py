@@ -1,7 +1,8 @@
 """Cross entropy for PyTorch: loss and gradient in one pass over the logits, on CPU and GPU."""
 
 from .functional import CrossEntropyOutput, cross_entropy
+from .gpu import check_targets
 from .module import CrossEntropyLoss
 
 __version__ = "0.1.0"
-__all__ = ["CrossEntropyLoss", "CrossEntropyOutput", "__version__", "cross_entropy"]
+__all__ = ["CrossEntropyLoss", "CrossEntropyOutput", "__version__", "check_targets", "cross_entropy"]

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from .options import Extras, Options
-from .rows import Matrix, alignment, matrices, row_shape, rows
+from .rows import NOTHING, Matrix, alignment, congruent, matrices, row_shape, rows
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
+MANY = 1 << 30
 CHUNK = 32768  # rows one program sums; more rows take a second launch
+ODD = 4096  # rows that begin anywhere are cut at boundaries of the memory if they have more classes
+_BAD: dict[torch.device, Tensor] = {}
 SUMS = {"CHUNK": CHUNK, "BLOCK": 4096, "num_warps": 8}
 
 
@@ -33,26 +36,69 @@ class Out(NamedTuple):
     extras: Extras | None
 
 
-class Tile(NamedTuple):
-    """How much of the logits a program takes at a time, and how many warps share it."""
+class Device(NamedTuple):
+    """What a plan has to know of the device."""
 
-    rows: int
-    block: int
+    capability: tuple[int, int] | None  # None: not NVIDIA's
+    multiprocessors: int
+    l2_bytes: int
+    clusters: bool  # whether Triton can spread one program over several multiprocessors
+
+
+class Plan(NamedTuple):
+    """How `kernels.forward` cuts the rows."""
+
+    rows: int  # that a program takes at a time
+    block: int  # classes of a tile
+    pieces: int  # tiles that a row is held in; 0: it is walked, and read a second time for its gradient
     warps: int
+    ctas: int  # of a cluster
+    programs: int  # at most
 
 
-def tile(C: int, side: int, heavy: bool) -> Tile:
-    """Pick the tile: a short row whole (several of them if very short), a long one in pieces.
+def plan(C: int, dtype: torch.dtype, side: int, extra: int, held: bool, device: Device) -> Plan:
+    """Pick the tile: many rows whole if they are short, one in registers if it fits, and the longest in steps.
 
-    `side`: how many rows lie side by side in memory, 1 where it is the classes that do. Sized by the registers the
-    compiled kernels take (at most 128, next to no spills), fewer values to a thread if each is `heavy`; not yet tuned
-    on a GPU. The number of rows has no part in it, so that no row's bits depend on the others.
+    `side`: how many rows lie side by side in memory, 1 where it is the classes that do; `extra`: how much more than its
+    exponential a class needs in registers; not `held`: for backward, which keeps nothing. Sized by what the compiled
+    kernels take (at most 128 registers without extra, no spills); not yet tuned on a GPU. The number of rows has no
+    part in it, so that no row's bits depend on the others.
     """
-    whole, piece, per_warp = (4096, 2048, 256) if heavy else (16384, 4096, 512)
-    side = min(32, _power_of_2(side))
-    block = _power_of_2(max(C, 2)) if side * C <= whole else piece // side
-    count = max(side, 1024 // block)
-    return Tile(count, block, min(16, max(4, count * block // per_warp)))
+    side, warp = min(32, _power_of_2(side)), 32 if device.capability else 64
+    if held and side == 1 and C > 512:
+        values = max(16, 2048 // warp >> extra)  # that a thread holds
+        clusters = ((8, 2), (8, 4), (8, 8), (16, 8)) if device.clusters else ((16, 1),)
+        for warps, ctas in ((1, 1), (2, 1), (4, 1), (8, 1), *clusters):
+            threads = ctas * warps * warp
+            if threads * values >= C:
+                block = threads * 16 // dtype.itemsize  # a load of 16 bytes for each
+                return Plan(1, block, -(-C // block), warps, ctas, MANY)
+    whole, piece, values = (4096, 2048, 8) if extra else (16384, 4096, 16)
+    piece *= 1 + held  # two sweeps with few rows at a time: more of a row instead
+    walked = side * C > (piece if side == 1 else whole)
+    block = piece // side if walked else _power_of_2(max(C, 2))
+    rows = max(side, 1024 // block)
+    # What a row's second reading should find in the cache; but a multiprocessor without work finds nothing.
+    resident = max(device.multiprocessors, device.l2_bytes // 2 // (rows * C * dtype.itemsize))
+    warps = min(16, max(4, rows * block // (values * warp)))
+    return Plan(rows, block, int(not walked), warps, 1, resident if walked else MANY)
+
+
+def device(tensor: Tensor) -> Device:
+    """The device that a launch on this tensor runs on."""
+    return _device(tensor.device.index) if tensor.is_cuda else Device(None, 1, 0, False)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    import triton
+
+    found = torch.cuda.get_device_properties(index)
+    capability = None if torch.version.hip else (found.major, found.minor)
+    # Triton 3.8 leaves a cluster without waiting for it, and the launch fails.
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    clusters = capability is not None and capability >= (9, 0) and version >= (3, 9)
+    return Device(capability, found.multi_processor_count, found.L2_cache_size, clusters)
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
@@ -111,24 +157,38 @@ def forward(
     norm = _norm(input, target, weight, options)
     if loss.numel():
         sizes, (logits, probs, dx) = matrices(input, target if target.is_floating_point() else None, grad)
-        meta = _meta(input, target, options, sizes, (logits, probs, dx))
-        _launch(
-            "forward",
-            (math.prod(sizes[:-1]) * -(-sizes[-1] // meta["ROWS"]),),
-            logits,
-            probs or rows(target),
-            _packed(weight),
-            norm,
-            _number(options.grad_scale, dtype, input.device),
-            Out(loss, stats, extras),
-            dx,
-            tuple(sizes[-2::-1]) or None,
-            sizes[-1],
-            *_scalars(input, options),
-            options.lse_square_scale,
-            **meta,
-            MANY=meta["BLOCK"] < _classes(input),
-        )
+        cut, meta = _meta(input, target, weight, options, sizes, (logits, probs, dx), held=True)
+        bundles = math.prod(sizes[:-1]) * -(-sizes[-1] // cut.rows)
+        parts: Tensor | None = None
+        grids: dict[int, tuple[int, ...]] = {0: (min(bundles, cut.programs),)}
+        if not cut.pieces and cut.rows == 1 and 2 * bundles <= device(input).multiprocessors and not options.inplace:
+            # Few rows: one program a tile, and then one to join the tiles' sums in the same order as ever.
+            tiles = -(-_classes(input) // cut.block)
+            parts = loss.new_empty((bundles, tiles, 8), dtype=torch.float64)
+            grids = {1: (bundles, tiles), 2: (bundles, tiles if fused else 1)}
+        for step, grid in grids.items():
+            _launch(
+                "forward",
+                grid,
+                logits,
+                probs or rows(target),
+                _packed(weight),
+                norm,
+                _number(options.grad_scale, dtype, input.device),
+                None if probs else _bad(input.device),
+                parts,
+                Out(loss, stats, extras),
+                dx or NOTHING,
+                tuple(sizes[-2::-1]) or None,
+                bundles,
+                sizes[-1],
+                *_scalars(input, options),
+                options.lse_square_scale,
+                **meta,
+                PIECES=cut.pieces,
+                STEP=step,
+                **({"num_ctas": cut.ctas} if cut.ctas > 1 else {}),
+            )
     return loss if none else _total(loss.view(-1), norm, dtype), grad, stats, extras
 
 
@@ -155,11 +215,11 @@ def backward(
     if len(stats):
         probs = target if target.is_floating_point() else None
         sizes, views = matrices(input, probs, dx, dt)
-        meta = _meta(input, target, options, sizes, views)
-        bundles = math.prod(sizes[:-1]) * -(-sizes[-1] // meta["ROWS"])
+        cut, meta = _meta(input, target, weight, options, sizes, views, held=False)
+        bundles = math.prod(sizes[:-1]) * -(-sizes[-1] // cut.rows)
         programs = min(bundles, 2048)
         # In place, a row is one program's: another might overwrite x_y before it is read.
-        pieces = 1 if options.inplace else min(-(-_classes(input) // meta["BLOCK"]), 2048 // programs)
+        pieces = 1 if options.inplace else min(-(-_classes(input) // cut.block), 2048 // programs)
         _launch(
             "backward",
             (programs, pieces),
@@ -171,7 +231,7 @@ def backward(
             None if g_lse is None else rows(g_lse),
             _number(options.grad_scale, grad_output.dtype, input.device),
             stats,
-            *views[2:],
+            *(view or NOTHING for view in views[2:]),
             tuple(sizes[-2::-1]) or None,
             bundles,
             sizes[-1],
@@ -227,26 +287,64 @@ def _scalars(input: Tensor, options: Options) -> tuple[Any, ...]:
 
 
 def _meta(
-    input: Tensor, target: Tensor, options: Options, sizes: list[int], views: Sequence[Matrix | None]
-) -> dict[str, Any]:
-    """The tile, and what else is settled when compiling."""
-    C, logits, probs = _classes(input), views[0], target.is_floating_point()
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    sizes: list[int],
+    views: Sequence[Matrix | None],
+    held: bool,
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and what is settled when compiling."""
+    C, (logits, _, grad, *_), probs = _classes(input), views, target.is_floating_point()
     assert logits is not None
     # Pixels lie side by side in the gradient at least; rows of classes that lie apart may.
     pixels = row_shape(input)[1:].numel()
     side = pixels if pixels > 1 else 1 if logits.col is None else 32
-    heavy = input.dtype == torch.float64 or options.softcap is not None or probs
-    count, block, warps = tile(C, side, heavy)
-    return {
-        "DENSE": probs or _smoothing(options) > 0,
+    dense, softcap = probs or _smoothing(options) > 0, options.softcap is not None
+    weighted = dense and not probs and weight is not None
+    extra = (input.dtype == torch.float64) + softcap + dense + probs + weighted + options.return_stats
+    cut, align = plan(C, input.dtype, side, extra, held, device(input)), alignment(C, sizes[-1], views)
+    vector = 16 // input.itemsize
+    odd = grad is not None and logits.col is grad.col is None and align < vector and C > ODD
+    same = grad is not None and odd and congruent(logits, grad, vector)
+    meta = {
+        "DENSE": dense,
         "PROBS": probs,
-        "SOFTCAP": options.softcap is not None,
+        "SCALED": options.logit_scale != 1,
+        "SOFTCAP": softcap,
         "INPLACE": options.inplace,
-        "ALIGN": alignment(C, sizes[-1], views),
-        "ROWS": count,
-        "BLOCK": block,
-        "num_warps": warps,
+        "ALIGN": align,
+        "VECTOR": vector if odd else 1,
+        "SAME": same,
+        "ROWS": cut.rows,
+        "BLOCK": cut.block,
+        "num_warps": cut.warps,
     }
+    return cut, meta
+
+
+def _bad(device: torch.device) -> Tensor:  # (1,)
+    """The last target of this device that was out of range, or 0, which no target can be."""
+    if device not in _BAD:
+        with torch.inference_mode(False):
+            _BAD.setdefault(device, torch.zeros(1, dtype=torch.int64, device=device))
+    return _BAD[device]
+
+
+def check_targets() -> None:
+    """Raise for a class index out of range that a GPU has met since the last check; waits for the GPU.
+
+    On a GPU nothing else looks: such a row's loss and gradient are NaN.
+
+    Raises:
+        IndexError: with torch's message, for one of the targets.
+    """
+    for bad in _BAD.values():
+        value = int(bad)
+        bad.zero_()
+        if value:
+            raise IndexError(f"Target {value} is out of bounds.")
 
 
 def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:  # ()

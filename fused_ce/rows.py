@@ -13,10 +13,13 @@ from torch import Tensor
 class Matrix(NamedTuple):
     """A value for each row and class, as one kernel argument. None in place of a stride of 1: known when compiling."""
 
-    ptr: Tensor  # (N, C, d1..dk) or (C)
+    ptr: Tensor | None  # (N, C, d1..dk) or (C)
     outer: tuple[int, ...] | None  # strides of the row dimensions before the last, innermost first
     inner: int | None  # of the last row dimension
     col: int | None  # of the classes
+
+
+NOTHING = Matrix(None, None, None, None)
 
 
 class Rows(NamedTuple):
@@ -64,6 +67,12 @@ def alignment(C: int, inner: int, matrices: Sequence[Matrix | None]) -> int:
     assert first is not None
     lengths = [length for length, stride in ((C, first.col), (inner, first.inner)) if stride is None]
     return math.gcd(16, *strides, *lengths)
+
+
+def congruent(a: Matrix, b: Matrix, divisor: int) -> bool:
+    """Whether every row begins at the same place in both, counted from a multiple of divisor."""
+    one, other = ([1 if s is None else s for s in (*(m.outer or ()), m.inner)] for m in (a, b))
+    return all((s - t) % divisor == 0 for s, t in zip(one, other, strict=True))
 
 
 def _merged(sizes: Sequence[int], strides: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accuracy import bits
-from cases import EVERYTHING, Case, ignore, ramp
+from cases import CASES as ALL
+from cases import EVERYTHING, Case, confident, ignore, ramp, set_at
 from conftest import Backend
 from judge import check, check_grad, expected_grad, expected_of
 from oracle import double
 
+import fused_ce
 from fused_ce import gpu, reference, rows
 
 PIXELS: dict[str, Any] = {"N": 3, "pixels": (5, 7), "target": ignore(3, 36)}
@@ -45,9 +48,9 @@ def test_chunks_of_rows(backend: Backend, case: Case, chunk: int, monkeypatch: p
 
 @only_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("tile", [gpu.Tile(1, 256, 4), gpu.Tile(4, 64, 4), gpu.Tile(16, 16, 4)], ids=str)
+@pytest.mark.parametrize("tile", [(1, 256), (4, 64), (16, 16)], ids=str)
 def test_tiles_and_fewer_programs(
-    backend: Backend, case: Case, tile: gpu.Tile, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, case: Case, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = gpu._launch
 
@@ -56,7 +59,7 @@ def test_tiles_and_fewer_programs(
         grid = tuple(-(-size // 3) for size in grid) if kernel in ("backward", "rescale") else grid
         launch(kernel, grid, *args, **meta)
 
-    monkeypatch.setattr(gpu, "tile", lambda *arguments: tile)
+    monkeypatch.setattr(gpu, "plan", lambda *arguments: gpu.Plan(*tile, 0, 4, 1, 3))
     monkeypatch.setattr(gpu, "_launch", launch_fewer)
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
@@ -70,16 +73,150 @@ def test_tiles_and_fewer_programs(
     assert torch.equal(bits(doubled), bits(grad * 2))
 
 
-@pytest.mark.parametrize("heavy", [False, True])
+PATHS = {  # plan of forward, and multiprocessors
+    "held": (lambda C: gpu.Plan(1, 32, -(-C // 32), 4, 2, gpu.MANY), 1),
+    "walked": (lambda C: gpu.Plan(1, 32, 0, 4, 1, 2), 1),
+    "shared": (lambda C: gpu.Plan(1, 32, 0, 4, 1, 2), 1000),
+}
+MATRICES = [case for case in ALL if not case.pixels and case.C in (33, 64, 65) and "grad_scale" not in case.options]
+HARD = {
+    "first-tiles-minus-inf": set_at((slice(None), slice(64)), -torch.inf),
+    "last-tiles-minus-inf": set_at((slice(None), slice(64, None)), -torch.inf),
+    "a-row-minus-inf": set_at(1, -torch.inf),
+    "inf": set_at((1, 70), torch.inf),
+    "nan": set_at((1, 70), torch.nan),
+    "certain": confident(20),
+    "shifted": lambda x, y: x + 1e8,
+}
+HARD_CALLS: dict[str, dict[str, Any]] = {
+    "plain": {"dtype": torch.bfloat16},
+    "everything": {"options": EVERYTHING | {"reduction": "none"}, "weight": ramp, "target": ignore(0)},
+    "probabilities": {"options": {"reduction": "none", "label_smoothing": 0.1}, "probs": torch.float32},
+}
+MATRICES += [Case(f"{a}-{b}", C=101, logits=HARD[a], **HARD_CALLS[b]) for a in HARD for b in HARD_CALLS]
+
+
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send every call down one path, in tiles so short that there are many, cut at 16 bytes where rows are odd."""
+    forward, multiprocessors = PATHS[path]
+    backward = gpu.Plan(1, 64, 0, 4, 1, gpu.MANY)
+    monkeypatch.setattr(gpu, "plan", lambda C, *_: forward(C) if _[-2] else backward)
+    monkeypatch.setattr(gpu, "device", lambda tensor: gpu.Device(None, multiprocessors, 0, False))
+    monkeypatch.setattr(gpu, "ODD", 15)
+
+
+@only_triton
+@pytest.mark.parametrize("path", ["held", "walked"])
+@pytest.mark.parametrize("case", MATRICES, ids=str)
+def test_paths(backend: Backend, case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(path, monkeypatch)
+    call = case.build(backend.device)
+    exact_loss, exact_grad = expected_of(case)
+    ones = torch.ones_like(exact_loss.exact).to(backend.device, call[3].dtype or call[0].dtype)
+    if call[3].reduction != "none" and exact_grad.exact.numel():
+        loss, grad, _, _ = gpu.forward(*call, "fused")
+        check(loss, exact_loss)
+        check_grad(grad, call, exact_grad)
+    loss, _, stats, _ = gpu.forward(*call, "recompute")
+    check(loss, exact_loss)
+    check_grad(gpu.backward(ones, None, *call, None, stats, True, False)[0], call, exact_grad)
+
+
+@only_triton
+@pytest.mark.parametrize("case", [case for case in MATRICES if case.C == 101 and (case.weight or case.probs)], ids=str)
+def test_rows_shared_by_programs_have_the_same_bits(
+    backend: Backend, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for path in ("walked", "shared"):
+        take(path, monkeypatch)
+        *tensors, options = case.build(backend.device)
+        call = *tensors, options._replace(return_stats=True)
+        sums = *tensors, options._replace(return_stats=True, reduction="sum")
+        results.append((*gpu.forward(*call, "loss")[::3], *gpu.forward(*sums, "fused")))
+    for walked, shared in zip(*results, strict=True):
+        pairs = [(walked, shared)] if isinstance(walked, torch.Tensor) else zip(walked, shared, strict=True)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in pairs)
+
+
+@only_triton
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("C", [64, 65, 103])
+def test_neighbours_in_memory(
+    backend: Backend, C: int, dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows that begin at every place of a vector, between values that are nobody's to read or write.
+    take(path, monkeypatch)
+    case = Case("neighbours", N=5, C=C, dtype=dtype, target=ignore(2))
+    input, *rest, options = case.build(backend.device)
+    exact_loss, exact_grad = expected_of(case)
+    memory = input.new_full((7, C + 3), torch.nan)
+    for offset in (0, 1):
+        within = memory[1:-1, offset : offset + C].copy_(input)
+        loss, grad, _, _ = gpu.forward(within, *rest, options, "fused")
+        check(loss, exact_loss)
+        check_grad(grad, (input, *rest, options), exact_grad)
+        grad = gpu.forward(within, *rest, options._replace(inplace=True), "fused")[1]
+        assert grad is within
+        check(grad, exact_grad)
+        within.fill_(torch.nan)
+        assert memory.isnan().all()
+
+
+@only_triton
+@pytest.mark.parametrize("path", PATHS)
+def test_more_than_2_to_the_31_apart(backend: Backend, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(path, monkeypatch)
+    case = Case("far", N=2, C=65, dtype=torch.float16, options={"reduction": "sum"})
+    input, *rest, options = case.build(backend.device)
+    apart = (1 << 31) + 8
+    memory = torch.from_numpy(np.empty(apart + 65, np.float16)) if backend.device == "cpu" else None
+    memory = memory if memory is not None else input.new_empty(apart + 65)
+    far = memory.as_strided((2, 65), (apart, 1)).copy_(input)
+    grad = gpu.forward(far, *rest, options._replace(inplace=True), "fused")[1]
+    check(grad, expected_of(case)[1])
+
+
+@only_triton
+def test_check_targets(backend: Backend) -> None:
+    fused_ce.check_targets()
+    *tensors, options = Case("bad", N=4, target=lambda y: y.index_fill(0, y.new_tensor(2), 10)).build(backend.device)
+    for reduction in ("none", "mean"):
+        for _ in range(2):
+            gpu.forward(*tensors, options._replace(reduction=reduction), "loss")
+        with pytest.raises(IndexError, match=r"^Target 10 is out of bounds\.$"):
+            fused_ce.check_targets()
+        fused_ce.check_targets()
+    gpu.forward(*tensors, options._replace(ignore_index=10), "loss")
+    fused_ce.check_targets()
+
+
+DEVICES = {
+    "hopper": gpu.Device((9, 0), 132, 50 << 20, True),
+    "hopper, old triton": gpu.Device((9, 0), 132, 50 << 20, False),
+    "ampere": gpu.Device((8, 0), 108, 40 << 20, False),
+    "amd": gpu.Device(None, 304, 4 << 20, False),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("extra", [0, 1, 2, 5])
 @pytest.mark.parametrize("side", [1, 2, 5, 32, 3136])
-def test_tile_holds_the_classes(side: int, heavy: bool) -> None:
-    for C in (1, 2, 3, 10, 150, 1000, 1024, 1025, 4096, 4097, 16384, 16385, 50257, 262144):
-        rows, block, warps = gpu.tile(C, side, heavy)
-        assert all(number & (number - 1) == 0 for number in (rows, block, warps))  # Triton's shapes
-        assert rows >= min(side, 32)
-        assert rows * block <= 16384
-        assert block < 2 * max(C, 2)
-        assert 4 <= warps <= 16
+def test_plan_holds_the_classes(side: int, extra: int, held: bool, device: str) -> None:
+    for dtype in gpu.FLOATS:
+        for C in (1, 2, 3, 10, 150, 512, 513, 1000, 4096, 4097, 16384, 16385, 32001, 50257, 151936, 262144, 1 << 20):
+            cut = gpu.plan(C, dtype, side, extra, held, DEVICES[device])
+            numbers = (cut.rows, cut.block, cut.warps, cut.ctas)
+            assert all(number & (number - 1) == 0 for number in numbers)  # Triton's shapes
+            assert cut.rows >= min(side, 32)
+            threads = cut.warps * cut.ctas * (32 if DEVICES[device].capability else 64)
+            assert cut.rows * cut.block * max(cut.pieces, 1) <= threads * max(64 >> extra, 16)
+            assert (cut.pieces - 1) * cut.block < C <= max(cut.pieces * cut.block, C * (cut.pieces == 0))
+            assert cut.warps <= 16
+            assert cut.ctas == 1 or (held and cut.pieces and cut.ctas <= 8 and DEVICES[device].clusters)
+            assert cut.programs >= DEVICES[device].multiprocessors
 
 
 @only_triton

@@ -14,7 +14,7 @@ import fused_ce
 PACKAGE = Path(fused_ce.__file__).parent
 ANYONE_MAY = {"options", "rows"}
 ARROWS = {
-    "__init__": {"functional", "module"},
+    "__init__": {"functional", "gpu", "module"},
     "module": {"functional"},
     "functional": {"autograd", "dispatch", "ops", "reference"},
     "ops": {"dispatch", "reference"},
