@@ -14,8 +14,13 @@ template <class F> struct Lanes {
   enum { SIDE_BY_SIDE, ROW_BY_ROW, ONE_BY_ONE } way;
 
   INLINE Lanes(const Call& call, const View& view, int64_t first, int n)
-      : call(call), view(view), first(first), C(call.C), n(n),
-        start(static_cast<T*>(view.data) + call.dims.offset(view, first)), step(view.strides[call.dims.rank - 1]) {
+      : call(call),
+        view(view),
+        first(first),
+        C(call.C),
+        n(n),
+        start(static_cast<T*>(view.data) + call.dims.offset(view, first)),
+        step(view.strides[call.dims.rank - 1]) {
     if (!call.dims.in_line(first, n)) way = ONE_BY_ONE;
     else if (n == F::lanes && step == 1) way = SIDE_BY_SIDE;
     else way = view.class_stride == 1 ? ROW_BY_ROW : ONE_BY_ONE;
@@ -92,17 +97,23 @@ template <class F> struct Bundle {
   typedef decltype(I{}[0] + 0) Index;
   const Call& call;
   const Options o;
-  const int64_t first, C;                              // the row of lane 0
-  const int n;                                         // rows in use
-  V* const z;                                          // (C) transformed logits; once kept, exp(z - m)
-  V* const slope;                                      // (C) dz/dx, under a softcap
-  V* const q;                                          // (C) spread part of q, if DENSE
+  const int64_t first, C;                               // the row of lane 0
+  const int n;                                          // rows in use
+  V* const z;                                           // (C) transformed logits; once kept, exp(z - m)
+  V* const slope;                                       // (C) dz/dx, under a softcap
+  V* const q;                                           // (C) spread part of q, if DENSE
   V m = {}, so = {}, rest = {}, below = {}, heat = {};  // as in Sums
-  V z_y = {}, q_y = {};                                // of class y; q_y its spread part
-  I y = {}, counts = I{} - 1;                          // counts: all bits set in rows that are not ignored
+  V z_y = {}, q_y = {};                                 // of class y; q_y its spread part
+  I y = {}, counts = I{} - 1;                           // counts: all bits set in rows that are not ignored
 
   INLINE Bundle(const Call& call, int64_t first, int n, void* scratch)
-      : call(call), o(call.options), first(first), C(call.C), n(n), z(static_cast<V*>(scratch)), slope(z + C),
+      : call(call),
+        o(call.options),
+        first(first),
+        C(call.C),
+        n(n),
+        z(static_cast<V*>(scratch)),
+        slope(z + C),
         q(slope + C) {
     if (!call.probs) load_y();
     const bool capped = F::CHANGED && o.softcap > 0 && call.grad.data;

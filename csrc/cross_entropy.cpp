@@ -19,9 +19,7 @@
 namespace fused_ce {
 
 // Not OpenMP's, which would hold up the other teams too.
-struct Barrier {
-  std::atomic<int> arrived{0}, round{0};
-};
+struct Barrier { std::atomic<int> arrived{0}, round{0}; };
 
 namespace {
 
@@ -77,7 +75,8 @@ struct Scratch {
 
 void run_rows(const Call& call, int64_t begin, int64_t end) {
   thread_local Scratch scratch;  // fresh memory of this size would be faulted in, page by page, on every call
-  if (begin < end) isa().rows[int(call.input.dtype)](call, begin, end, scratch.of(scratch_bytes(call)), {0, 1, nullptr});
+  if (begin < end)
+    isa().rows[int(call.input.dtype)](call, begin, end, scratch.of(scratch_bytes(call)), {0, 1, nullptr});
 }
 
 int64_t bytes_of(const Call& call) { return call.rows * call.C * size_of(call.input.dtype); }
@@ -177,7 +176,8 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, 
             ? static_cast<const int64_t*>(call.target.data)
             : nullptr;
     count = 0, weights = 0;
-    for (const Tally& part : by_groups<Tally>(call.rows, threads_for(call.rows * 8, threads), [&](int64_t b, int64_t e) {
+    for (const Tally& part :
+         by_groups<Tally>(call.rows, threads_for(call.rows * 8, threads), [&](int64_t b, int64_t e) {
            if (packed) return tally(call, b, e, [&](int64_t i) { return packed[i]; });
            return tally(call, b, e, [&](int64_t i) { return call.target_at(call.dims.offset(call.target, i)); });
          })) {
@@ -267,9 +267,9 @@ Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DT
   const std::unique_ptr<double[]> losses(new double[call.rows]);  // large enough for either acc
   call.loss = losses.get();
   run_all_rows(call, threads);
-  if (call.input.dtype == DType::float64) reduce(losses.get(), call.rows, reduction, divisor, loss, loss_dtype, threads);
-  else
-    reduce(reinterpret_cast<float*>(losses.get()), call.rows, reduction, divisor, loss, loss_dtype, threads);
+  if (call.input.dtype == DType::float64)
+    reduce(losses.get(), call.rows, reduction, divisor, loss, loss_dtype, threads);
+  else reduce(reinterpret_cast<float*>(losses.get()), call.rows, reduction, divisor, loss, loss_dtype, threads);
   return refusal;
 }
 

@@ -9,8 +9,8 @@ constexpr int64_t BLOCK = 2048;  // classes
 // rounded the same way every time.
 constexpr int64_t RUN = 8;
 
-// What is settled at compile time: the element type, whether z is more than x (CHANGED: a scale or a softcap), whether q
-// is more than one class.
+// What is settled at compile time: the element type, whether z is more than x (CHANGED: a scale or a softcap), whether
+// q is more than one class.
 template <class T_, bool CHANGED_, bool DENSE_> struct Form {
   typedef T_ T;
   typedef typename Simd<T>::A A;
@@ -45,8 +45,9 @@ template <class F> INLINE typename F::V transform_grad(typename F::V x, const Op
   return F::CHANGED && o.softcap > 0 ? k * sech2<A, V, I>(x * k * A(1 / o.softcap)) : k;
 }
 
-// f(x, z, class, lanes in use, 0 or 1 in turns) for the vectors of a block; z past the end holds `fill`, put there after
-// the transform: a softcap would turn a padding of -inf into -s. In turns: two sums wait half as long for each other.
+// f(x, z, class, lanes in use, 0 or 1 in turns) for the vectors of a block; z past the end holds `fill`, put there
+// after the transform: a softcap would turn a padding of -inf into -s. In turns: two sums wait half as long for each
+// other.
 template <class F, class Function>
 INLINE void each(const typename F::T* x, int64_t begin, int64_t end, const Options& o, typename F::A fill, Function f) {
   TYPES(F);
@@ -144,8 +145,14 @@ Part<typename F::A> row_lse(typename F::A* kept, const typename F::T* x, int64_t
     add(total, lost, sum[0] + sum[1]);
   }
   const double rest = lane_sum(sum_q, V{});
-  return {m, above, m == -inf ? double(m) : shifted.shift, lane_sum(total, lost), rest, rest + q_y,
-          lane_sum(sum_below, V{}), lane_sum(heat, V{})};
+  return {m,
+          above,
+          m == -inf ? double(m) : shifted.shift,
+          lane_sum(total, lost),
+          rest,
+          rest + q_y,
+          lane_sum(sum_below, V{}),
+          lane_sum(heat, V{})};
 }
 
 // A whole row's sums, relative to its largest z.

@@ -92,8 +92,8 @@ template <class V> struct Tile { V v[lanes_of<V>]; };
 template <class V, int... i> INLINE Tile<V> zip_halves(const Tile<V>& t, Order<i...> order) {
   return {{zip<i % 2>(t.v[i / 2], t.v[(i + lanes_of<V>) / 2], order)...}};
 }
-// v[i] lane j becomes v[j] lane i. Zipping the first half with the second makes the highest bit of a vector's number the
-// lowest of a lane's; after as many rounds as a number has bits, the two have changed places.
+// v[i] lane j becomes v[j] lane i. Zipping the first half with the second makes the highest bit of a vector's number
+// the lowest of a lane's; after as many rounds as a number has bits, the two have changed places.
 template <int rounds, class V> INLINE Tile<V> transpose(const Tile<V>& t) {
   if constexpr (rounds == 1) return t;
   else return transpose<rounds / 2>(zip_halves(t, InOrder<V>{}));
@@ -286,8 +286,8 @@ void write_elements(void* data, DType dtype, int64_t offset, int64_t stride, con
 
 // ---- exp and tanh
 
-// 2^n (1 + q), for t that holds n and t_0 that holds 0 in its low bits. Multiplied by processors that can, which is right
-// down to the smallest subnormal; elsewhere n goes where the exponent stands.
+// 2^n (1 + q), for t that holds n and t_0 that holds 0 in its low bits. Multiplied by processors that can, which is
+// right down to the smallest subnormal; elsewhere n goes where the exponent stands.
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
 INLINE Vec::f32 scale(Vec::f32 q, Vec::f32 t, Vec::f32 t_0) {
   return (Vec::f32)_mm512_scalef_ps((__m512)(1 + q), (__m512)(t - t_0));

@@ -101,7 +101,7 @@ def cross_entropy(  # type: ignore[misc]
 
     Raises:
         IndexError: a target outside [0, C) that is not ignored (CPU). On a GPU that row's loss and
-            gradient are NaN.
+            gradient are NaN, and `fused_ce.check_targets` raises.
         ValueError, RuntimeError, TypeError: as torch raises them.
         NotImplementedError: the backend that was asked for cannot take the call; the message says why.
 

@@ -129,3 +129,19 @@ def test_counts_and_sums_of_16_bit_means(dtype: torch.dtype, kind: str) -> None:
     double = F.cross_entropy(expected, target, None if weight is None else weight.double(), label_smoothing=e)
     double.backward(torch.tensor(2.0**15).double())
     assert errors(x.grad, expected.grad).max() <= 0.51
+
+
+@every_isa
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (torch.float64, 64)], ids=str)
+@pytest.mark.parametrize("shift", [3e4, 3e7, -3e7, 1e30])  # what the exponent alone can take, and what it cannot
+@pytest.mark.parametrize("C", [100, 1000, 5000])
+def test_large_logits(dtype: torch.dtype, most: float, shift: float, C: int) -> None:
+    seed = torch.Generator().manual_seed(C)
+    spacing = max(1.0, abs(shift) * torch.finfo(dtype).eps)  # steps that the shifted logits can hold
+    x = (torch.randn(8, C, generator=seed, dtype=torch.float64) * 2).round() * spacing + shift
+    x, y = x.to(dtype), torch.randint(C, (8,), generator=seed)
+    exact = x.double(), y, None
+    grad, _ = reference.backward(torch.ones(()).double(), None, *exact, Options(), None, None, True, False)
+    got_loss, got_grad, *_ = cpu.forward(x, y, None, Options(), "fused")
+    assert errors(got_loss, reference.cross_entropy(*exact, Options())) <= most
+    assert errors(got_grad, grad, EXP_OF_LOWEST).max() <= most

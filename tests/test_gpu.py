@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -180,7 +181,8 @@ def test_more_than_2_to_the_31_apart(backend: Backend, path: str, monkeypatch: p
 
 @only_triton
 def test_check_targets(backend: Backend) -> None:
-    fused_ce.check_targets()
+    with contextlib.suppress(IndexError):
+        fused_ce.check_targets()  # what other tests left
     *tensors, options = Case("bad", N=4, target=lambda y: y.index_fill(0, y.new_tensor(2), 10)).build(backend.device)
     for reduction in ("none", "mean"):
         for _ in range(2):
