@@ -114,9 +114,10 @@ def backward(
         if input is None or grad.itemsize > 2 or exact:
             return _scaled(grad, ratio, keep), None
         # Once more, for what has come; the first was right only for what was expected.
-        return forward(input, target, weight, options._replace(grad_scale=upstream, return_stats=False), "fused")[
-            1
-        ], None
+        options = options._replace(grad_scale=upstream, return_stats=False)
+        dx = forward(input, target, weight, options, "fused")[1]
+        assert dx is not None
+        return dx, None
     assert input is not None
     dx = input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)
     dt = torch.empty_like(target, memory_format=_CONTIGUOUS) if wants_target else None

@@ -144,3 +144,35 @@ def test_upstream_gradient_and_what_comes_before_a_run(
             assert row["upstream"] == 0.3
     wrong = altered(benchmark_cli, 1, 2)
     assert rows_with(wrong, benchmark_cli, monkeypatch, tmp_path, *options)["stranger"]["status"] == "refused"
+
+
+@pytest.mark.skipif(BACKENDS["cpu"]._C is None, reason="fused_ce._C is not built")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("upstream", ["1", "0.3"])
+def test_peers_of_the_cpu_are_right(benchmark_cli: ModuleType, tmp_path: Path, reduction: str, upstream: str) -> None:
+    file = tmp_path / "out.json"
+    isas = [name for name in benchmark_cli.PEERS if name.removeprefix("fused_ce ") in BACKENDS["cpu"]._C.isa_names()]
+    names = ["torch", "numpy", "fused_ce", "fused_ce inplace", *isas]
+    arguments = ["--shapes", "33x70", "--dtype", "f32", "--peers", ",".join(names), "--seconds", "0"]
+    arguments += ["--reduction", reduction, "--upstream", upstream, "--json", str(file)]
+    assert benchmark_cli.main(arguments) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["peer"]: row["reason"] for row in rows} == {name: "" for name in [*names, "copy_ (bound)"]}
+
+
+def test_goals_tell_hits_from_misses(benchmark_cli: ModuleType) -> None:
+    from cpu_suite import goals
+    from report import BOUND
+
+    def rows(mode: str, **seconds: float) -> dict[str, Any]:
+        medians = {"torch": 9.0, "torch.compile": 3.0, BOUND: 1.0} | {"fused_ce": 1.0} | seconds
+        shape = {"N": 256, "C": 128256, "dtype": "float32", "mode": mode}
+        return {"rows": [shape | {"peer": peer, "median_s": median} for peer, median in medians.items()]}
+
+    table = goals([rows("fwd_bwd", **{"fused_ce inplace": 1.5}), rows("fwd", fused_ce=0.9)])
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert cells == [
+        ("256x128256 float32", "fused_ce", "9.00 (>= 8)", "3.00 (>= 4, missed)", "1.00 (<= 2.5)"),
+        ("256x128256 float32", "fused_ce inplace", "6.00", "2.00", "1.50 (<= 1.4, missed)"),
+        ("256x128256 float32", "fused_ce, no gradient", "10.00", "3.33", "0.90 (<= 1)"),
+    ]
