@@ -179,10 +179,10 @@ template <class F> struct Bundle {
   // [3] row_lse
   template <bool KEEP> INLINE void row_lse() {
     const bool wants_heat = call.extras;
-    V lost = {}, lost_q = {}, lost_below = {};
+    V lost = {}, lost_q = {}, lost_below = {}, lost_heat = {};
     for (int64_t begin = 0; begin < C; begin += 2 * RUN) {
       const int64_t end = begin + 2 * RUN < C ? begin + 2 * RUN : C;
-      V sum[2] = {}, sum_below = {}, sum_q = {};
+      V sum[2] = {}, sum_below = {}, sum_q = {}, sum_heat = {};
       const auto take = [&](int64_t c, int turn) LAMBDA {
         const auto is_y = y == Index(c);
         const V z_c = z[c], e_c = exp_minus<A>(z_c, m);
@@ -193,7 +193,7 @@ template <class F> struct Bundle {
           sum_q += is_y ? V{} : q[c];
           sum_below += q[c] * (m - z_c);
         }
-        if (wants_heat) heat += e_c == 0 ? e_c : e_c * (m - z_c);
+        if (wants_heat) sum_heat += e_c == 0 ? e_c : e_c * (m - z_c);
         if constexpr (KEEP) z[c] = e_c;
       };
       int64_t c = begin;
@@ -201,6 +201,7 @@ template <class F> struct Bundle {
       if (c < end) take(c, 0);
       add(so, lost, sum[0] + sum[1]);
       if constexpr (F::DENSE) add(rest, lost_q, sum_q), add(below, lost_below, sum_below);
+      if (wants_heat) add(heat, lost_heat, sum_heat);
     }
     so += lost;
   }

@@ -45,8 +45,10 @@ void merge_dims(Call& call) {
   RowDims& dims = call.dims;
   int kept = 0;
   for (int d = 1; d < dims.rank; d++) {
+    if (dims.sizes[d] == 1) continue;  // its strides mean nothing
     bool merges = true;
     for (const View* v : views) merges &= !v->data || v->strides[kept] == v->strides[d] * dims.sizes[d];
+    merges |= dims.sizes[kept] == 1;
     if (!merges) kept++;
     dims.sizes[kept] = merges ? dims.sizes[kept] * dims.sizes[d] : dims.sizes[d];
     for (View* v : views) v->strides[kept] = v->strides[d];

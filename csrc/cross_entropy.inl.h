@@ -117,12 +117,12 @@ Part<typename F::A> row_lse(typename F::A* kept, const typename F::T* x, int64_t
   // Where all classes are -inf, (-inf) - (-inf) would make NaN of a zero.
   const A above = m == -inf ? A(0) : m;
   const Shifted<A> shifted(above);
-  V total = {}, lost = {}, sum_below = {}, sum_q = {}, heat = {};
+  V total[4] = {}, lost[4] = {};  // of exp, q, below, heat
   A q[F::DENSE ? BLOCK : 1];
   double q_y = 0;
   if constexpr (F::DENSE) spread_q(q, call, t_offset, begin, end);
   for (int64_t run = begin; run < end; run += 2 * RUN * F::lanes) {
-    V sum[2] = {};
+    V sum[2] = {}, sum_q = {}, sum_below = {}, heat = {};
     const int64_t run_end = run + 2 * RUN * F::lanes < end ? run + 2 * RUN * F::lanes : end;
     each<F>(x, run, run_end, o, -inf, [&](V, V z, int64_t c, int n, int turn) LAMBDA {
       __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
@@ -142,17 +142,13 @@ Part<typename F::A> row_lse(typename F::A* kept, const typename F::T* x, int64_t
         else store_first(kept + c, e_c, n);
       }
     });
-    add(total, lost, sum[0] + sum[1]);
+    add(total[0], lost[0], sum[0] + sum[1]);
+    if constexpr (F::DENSE) add(total[1], lost[1], sum_q), add(total[2], lost[2], sum_below);
+    if (wants_heat) add(total[3], lost[3], heat);
   }
-  const double rest = lane_sum(sum_q, V{});
-  return {m,
-          above,
-          m == -inf ? double(m) : shifted.shift,
-          lane_sum(total, lost),
-          rest,
-          rest + q_y,
-          lane_sum(sum_below, V{}),
-          lane_sum(heat, V{})};
+  const double rest = lane_sum(total[1], lost[1]);
+  return {m,    above,      m == -inf ? double(m) : shifted.shift, lane_sum(total[0], lost[0]),
+          rest, rest + q_y, lane_sum(total[2], lost[2]),           lane_sum(total[3], lost[3])};
 }
 
 // A whole row's sums, relative to its largest z.

@@ -11,6 +11,7 @@ template <> struct Vectors<VECTOR_BYTES> {
   typedef uint16_t u16 __attribute__((vector_size(VECTOR_BYTES / 2)));
   typedef double f64 __attribute__((vector_size(VECTOR_BYTES)));
   typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint64_t u64 __attribute__((vector_size(VECTOR_BYTES)));
 };
 typedef Vectors<VECTOR_BYTES> Vec;
 
@@ -41,7 +42,8 @@ template <class A> struct Constants;
 template <> struct Constants<float> {
   static constexpr int lanes = VECTOR_BYTES / 4, mantissa = 23, bias = 127;
   static constexpr float round = 0x1.8p23f, near = 256, infinity = __builtin_inff();
-  static constexpr float lowest = lowest_is_0 ? -104 : -87.3f;  // exp of it is 0, or about the smallest normal number
+  static constexpr float lowest =
+      lowest_is_0 ? -105 : -87.3f;  // sqrt(2) exp of it is 0; or exp about the smallest normal
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;  // few bits in hi: n * ln2_hi is exact
 };
 template <> struct Constants<double> {
@@ -69,8 +71,14 @@ template <int... i> struct Count<0, i...> { typedef Order<i...> type; };
 template <class V> constexpr int lanes_of = sizeof(V) / sizeof(V{}[0]);
 template <class V> using InOrder = typename Count<lanes_of<V>>::type;
 template <class V> struct Integers;
-template <> struct Integers<Vec::f32> { typedef Vec::i32 type; };
-template <> struct Integers<Vec::f64> { typedef Vec::i64 type; };
+template <> struct Integers<Vec::f32> {
+  typedef Vec::i32 type;
+  typedef Vec::u32 bits;
+};
+template <> struct Integers<Vec::f64> {
+  typedef Vec::i64 type;
+  typedef Vec::u64 bits;
+};
 
 // Lane j of the result is lane order[j] of a followed by b.
 template <class V, int... order> INLINE V pick(V a, V b, Order<order...>) {
@@ -187,7 +195,7 @@ INLINE void store(float16* p, Vec::f32 v) {
 }
 #endif
 
-// The last n < lanes elements of a row; lanes past them hold zeros.
+// The first n <= lanes elements; lanes past them hold zeros.
 template <class T> INLINE typename Simd<T>::V load_first(const T* p, int64_t n) {
   T padded[Constants<typename Simd<T>::A>::lanes] = {};
   for (int64_t i = 0; i < n; i++) padded[i] = p[i];
@@ -297,9 +305,9 @@ INLINE Vec::f64 scale(Vec::f64 q, Vec::f64 t, Vec::f64 t_0) {
 }
 #else
 template <class V> INLINE V scale(V q, V t, V t_0) {
-  typedef typename Integers<V>::type I;
+  typedef typename Integers<V>::bits U;  // a NaN's bits may overflow
   typedef Constants<decltype(V{}[0] + 0)> K;
-  const V power = (V)(((I)t - (I)t_0 + K::bias) << K::mantissa);
+  const V power = (V)(((U)t - (U)t_0 + K::bias) << K::mantissa);
   return power + power * q;
 }
 #endif

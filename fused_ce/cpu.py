@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ _REDUCTIONS = {name: code for code, name in enumerate(REDUCTIONS)}
 _MAX_DIMS = 8
 _PID = os.getpid()
 _CONTIGUOUS = torch.contiguous_format
+T = TypeVar("T")
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
@@ -87,7 +89,7 @@ def forward(
         _pointer(extras),
         torch.get_num_threads(),
     )
-    return loss, grad, stats, None if extras is None else _extras(extras, shape, input)
+    return loss, grad, stats, None if extras is None else _by_torch(lambda: _extras(extras, shape, input))
 
 
 def backward(
@@ -108,10 +110,11 @@ def backward(
         expected = _expected(options, grad_output.dtype)
         if upstream == expected:
             return _scaled(grad, 1.0, keep) if keep else grad, None
-        ratio = upstream / expected
+        scales = expected != 0 and math.isfinite(expected)  # a grad_scale may have left the loss's dtype
+        ratio = upstream / expected if scales else math.nan
         # One more rounding; or none, for a power of two and the exponents of bfloat16.
         exact = grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5)
-        if input is None or grad.itemsize > 2 or exact:
+        if input is None or (grad.itemsize > 2 and scales) or exact:
             return _scaled(grad, ratio, keep), None
         # Once more, for what has come; the first was right only for what was expected.
         options = options._replace(grad_scale=upstream, return_stats=False)
@@ -147,16 +150,20 @@ def _expected(options: Options, dtype: torch.dtype) -> float:
     return torch.as_tensor(options.grad_scale, dtype=torch.float64).to(dtype).item()
 
 
-def _scaled(grad: Tensor, ratio: float, keep: bool) -> Tensor:
+def _by_torch(work: Callable[[], T]) -> T:
+    """In a forked child torch's own operators would wait for threads that are not there."""
     threads = torch.get_num_threads()
-    forked = os.getpid() != _PID
-    if forked and threads > 1:
-        torch.set_num_threads(1)  # in a forked child torch's own operators wait for threads that are not there
+    if os.getpid() == _PID or threads == 1:
+        return work()
+    torch.set_num_threads(1)
     try:
-        return grad * ratio if keep else grad.mul_(ratio)
+        return work()
     finally:
-        if forked and threads > 1:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
+
+
+def _scaled(grad: Tensor, ratio: float, keep: bool) -> Tensor:
+    return _by_torch(lambda: grad * ratio if keep else grad.mul_(ratio))
 
 
 def _extras(table: Tensor, shape: tuple[int, ...], input: Tensor) -> Extras:  # (rows, 4) float64
@@ -177,9 +184,8 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 def _in_acc(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     if tensor is None:
         return None
-    return (
-        tensor.detach().to(torch.float64 if input.dtype == torch.float64 else torch.float32).contiguous().resolve_neg()
-    )
+    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return _by_torch(lambda: tensor.detach().to(acc).contiguous().resolve_neg())
 
 
 def _options(options: Options) -> tuple[Any, ...]:

@@ -231,7 +231,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Extras | None]:
     """See `dispatch.py` for the contract. The stats are left as they come: backward starts from the logits again."""
     if target.shape != input.shape:
-        check_target(target, input.shape[_class_dim(input)], options.ignore_index)
+        check_target(target.long(), input.shape[_class_dim(input)], options.ignore_index)
     with torch.no_grad():
         loss, extras = composite(input, target, weight, options)
         stats = None if schedule == "loss" else input.new_empty((row_shape(input).numel(), 4), dtype=torch.float64)
@@ -297,9 +297,10 @@ def _row_parts(
         y = z.argmax(-1)
     else:
         probs = None
-        valid = target.reshape(-1) != options.ignore_index
+        target = target.reshape(-1).long()  # a uint8 of 156 equals -100
+        valid = target != options.ignore_index
         # An ignored row may hold inf or NaN: zeros in its place keep its loss and gradient at 0.
         x = torch.where(valid[:, None], x, 0)
         z = transform(x, options)
-        y = torch.where(valid, target.reshape(-1), 0).long()
+        y = torch.where(valid, target, 0)
     return x, z, row_lse(z, y), y, probs, valid, None if weight is None else weight.to(acc)

@@ -146,6 +146,7 @@ TARGETS = {
     "apart": lambda y: y.repeat_interleave(2)[::2],
     "expanded": lambda y: y[:1].expand(y.shape),
     "uint8": lambda y: y.to(torch.uint8),
+    "uint8-like-minus-100": lambda y: y.to(torch.uint8).fill_(156),
     "first-and-last": lambda y: y.new_tensor([0, 99, 0]),
 }
 NON_FINITE = {  # C = 3, target 0
@@ -175,6 +176,9 @@ def _cases() -> Iterator[Case]:
     yield Case("no-rows", N=0)
     yield Case("no-rows-sum", N=0, options={"reduction": "sum"})
     yield Case("many-rows", N=300, C=5)
+    for e in (0.1, 0.5):  # many equal terms: all would be rounded the same way
+        for C in (1999, 30000):
+            yield Case(f"equal-logits-{C}-{e}", C=C, logits=lambda x, y: x * 0 + 1, options={"label_smoothing": e})
     for name, options in OPTIONS.items():
         may_decline = TRITON if name == "grad-scale" else ()
         for dtype in (f32, f64, bf16, f16) if name in ("everything", "softcap-2") else (f32, bf16):
@@ -195,11 +199,12 @@ def _cases() -> Iterator[Case]:
     for name, layout in LAYOUTS.items():
         for dtype in (f32, bf16):
             yield Case(f"layout-{name}-{str(dtype)[6:]}", C=65, dtype=dtype, layout=layout)
+        yield Case(f"layout-{name}-wide", C=301, layout=layout)
     for reduction in ("mean", "none"):
         alone = {"layout": lambda x: x[0], "target": lambda y: y[0]}  # (C) and ()
         yield Case(f"one-row-alone-{reduction}", N=1, C=65, options={"reduction": reduction}, **alone)
     for name, target in TARGETS.items():
-        yield Case(f"target-{name}", C=100, target=target)
+        yield Case(f"target-{name}", C=100 if "100" not in name else 300, target=target)
     yield Case("ignored-uint8", C=100, target=lambda y: y.new_tensor([7, 255, 3]).byte(), options={"ignore_index": 255})
     yield Case("ignored-positive", target=always(4, 2, 4), options={"ignore_index": 4})
     yield Case("ignored-above-C", target=always(1, 2, 10**12), options={"ignore_index": 10**12})
@@ -211,6 +216,8 @@ def _cases() -> Iterator[Case]:
             options = {"reduction": reduction}
             yield Case(f"{name}-{reduction}", C=3, logits=logits, target=always(0, 1, 2), options=options)
         yield Case(f"{name}-smoothing", C=3, logits=logits, target=always(0, 0, 0), options=OPTIONS["smoothing"])
+        for dtype in (f32, bf16):  # in one of several blocks, or vectors
+            yield Case(f"{name}-of-many-{str(dtype)[6:]}", C=2100, dtype=dtype, logits=logits, target=always(0, 1, 2))
     first_blocks = set_at((slice(None), slice(4096)), -inf)
     for dtype in (f32, bf16):
         yield Case(f"first-blocks-minus-inf-{str(dtype)[6:]}", C=4097 + 64, dtype=dtype, logits=first_blocks)

@@ -88,5 +88,5 @@ def check_grad(grad: Tensor, call: Call, expected: Expected, roundings: int = 1)
     assert grad.dtype == input.dtype
     assert grad.is_contiguous()
     if target.shape != input.shape:
-        assert not as_rows(grad)[target.reshape(-1) == options.ignore_index].any()
+        assert not as_rows(grad)[target.reshape(-1).long() == options.ignore_index].any()
     check(grad, expected, roundings)

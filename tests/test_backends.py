@@ -62,7 +62,9 @@ def test_contract(backend: Backend, case: Case) -> None:
             kept = backend.module.backward(ones, None, *call, grad, stats, True, False)[0]
         assert grad is None or grad.numel() == 0 or kept.data_ptr() != grad.data_ptr()
         last = backend.module.backward(ones, None, *call, grad, stats, False, False)[0]
-        assert torch.equal(bits(kept), bits(last))
+        nan = last.isnan()  # which torch's multiplication by 1 may give other bits
+        assert torch.equal(kept.isnan(), nan)
+        assert torch.equal(bits(kept)[~nan], bits(last)[~nan])
         check_grad(kept, call, exact_grad)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -191,5 +192,7 @@ def test_names(isa: str) -> None:
 def test_the_variable_chooses() -> None:
     slowest = cpu._C.isa_names()[-1]
     code = "from fused_ce import _C; print(_C.isa())"
-    result = subprocess.run([sys.executable, "-c", code], env={"FUSED_CE_ISA": slowest}, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FUSED_CE_ISA": slowest}, capture_output=True, text=True
+    )
     assert result.stdout.strip() == slowest, result.stderr

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import acc_dtype, relative_error
+from accuracy import acc_dtype, relative_error, same_kind
 from calls import p, w, x, y
 from cases import EVERYTHING, Case, confident, ignore, misaligned, ramp
 from conftest import Backend
@@ -23,6 +23,8 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON = ("triton",)
 STATS = [
     *(Case(f"C{C}-{str(dtype)[6:]}", C=C, dtype=dtype) for C in (1, 3, 65, 1025, 4097) for dtype in FLOATS),
+    Case("many-rows", N=70, C=300),
+    Case("transposed", N=2, C=30000, layout=lambda x: x.T.contiguous().T),
     Case("everything", C=65, options=EVERYTHING, weight=ramp, target=ignore(1)),
     Case("none", C=65, options=EVERYTHING | {"reduction": "none"}, target=ignore(1)),
     Case("pixels", N=2, C=17, pixels=(3, 5), options=EVERYTHING, target=ignore(1, 7)),
@@ -51,7 +53,9 @@ def test_stats(backend: Backend, case: Case) -> None:
         got = getattr(extras, name).cpu()
         assert got.dtype == acc_dtype(input.dtype)
         assert got.shape == (input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
-        assert relative_error(got.reshape(-1), torch.where(valid, value, 0)) < 2e-6
+        expected = torch.where(valid, value, 0)
+        assert same_kind(got.reshape(-1), expected)
+        assert relative_error(got.reshape(-1), expected) < 2e-6
     argmax = extras.argmax.cpu().reshape(-1)
     assert torch.equal(argmax < 0, ~valid)
     assert torch.equal(z.gather(1, argmax.clamp(min=0)[:, None])[valid, 0], z.amax(1)[valid])
@@ -454,3 +458,13 @@ def test_dtype_of_the_loss_with_stats_and_autocast(dtype: torch.dtype) -> None:
 def test_dtype_that_no_loss_can_have(to: torch.dtype) -> None:
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
         cross_entropy(x(4, 5), y(4), dtype=to)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("hint", [1e-9, 1e39])  # 0 or inf, in one of them
+def test_a_hint_that_its_dtype_cannot_hold(dtype: torch.dtype, hint: float) -> None:
+    input, target = x(4, 300, dtype=dtype), y(4, C=300)
+    ours, theirs = input.clone().requires_grad_(), input.double().requires_grad_()
+    cross_entropy(ours, target, reduction="sum", grad_scale=hint).backward()
+    F.cross_entropy(theirs, target, reduction="sum").backward()
+    assert relative_error(ours.grad, theirs.grad) < 1e-5

@@ -312,7 +312,9 @@ import os, signal, torch
 from fused_ce import cpu, cross_entropy
 torch.set_num_threads(4)
 x, y = torch.randn(512, 1000, requires_grad=True), torch.zeros(512, dtype=torch.int64)
+many, labels = torch.randn(100_000, 3).bfloat16().requires_grad_(), torch.zeros(100_000, dtype=torch.int64)
 cross_entropy(x, y).backward()
+ones = torch.ones(100_000).bfloat16()
 child = os.fork()
 if child == 0:
     signal.alarm(60)
@@ -321,6 +323,7 @@ if child == 0:
     same = (before.numpy() == x.grad.numpy()).all()
     x.grad = None
     cross_entropy(x, y).backward(torch.tensor(2.0))  # twice what forward made
+    cross_entropy(many, labels, reduction="none").backward(ones)
     os._exit(0 if same and (2 * before.numpy() == x.grad.numpy()).all() else 1)
 raise SystemExit(os.waitpid(child, 0)[1])
 """
