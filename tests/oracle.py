@@ -46,7 +46,7 @@ def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: Opti
         squares = torch.logsumexp(z, 0 if z.dim() == 1 else 1) ** 2 * options.lse_square_scale
         valid = torch.ones_like(squares, dtype=torch.bool)
         if target.shape != input.shape:
-            valid = target != options.ignore_index
+            valid = target.long() != options.ignore_index
         squares = torch.where(valid, squares, 0)
         loss = loss + {"none": squares, "sum": squares.sum(), "mean": squares.sum() / valid.sum()}[reduction]
     return loss if options.num_items is None else loss / options.num_items
@@ -68,9 +68,10 @@ def terms(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | N
         z = reference.transform(x, options)
         y = z.argmax(1)
     else:
-        probs, valid = None, target.reshape(-1) != options.ignore_index
+        target = target.reshape(-1).long()
+        probs, valid = None, target != options.ignore_index
         z = reference.transform(torch.where(valid[:, None], x, 0), options)
-        y = torch.where(valid, target.reshape(-1), 0).long()
+        y = torch.where(valid, target, 0)
     onehot = one_hot(y, z.shape[1])
     e = options.label_smoothing if options.label_smoothing > 0 else 0.0
     w = torch.ones(z.shape[1], dtype=torch.float64) if weight is None else double(weight)

@@ -72,8 +72,11 @@ def test_a_shift_of_all_logits_changes_nothing(call: Drawn, shift: float) -> Non
     x = (x.float() * 16).round().clamp(-1000, 1000) / 16  # so that adding the shift is exact
     loss, grad = run(x, y, **keywords)
     shifted_loss, shifted_grad = run(x + shift, y, **keywords)
-    assert torch.equal(loss, shifted_loss)
-    assert torch.equal(grad, shifted_grad)
+    if x.shape[1] <= 256:  # only differences from the largest logit are looked at
+        assert torch.equal(loss, shifted_loss)
+        assert torch.equal(grad, shifted_grad)
+    else:  # docs/decisions.md, "Exponentials relative to a shift": last bits may change, exactness does not
+        hold((shifted_loss, shifted_grad), x, y, **keywords)
 
 
 @quick
