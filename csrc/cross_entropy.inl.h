@@ -72,24 +72,39 @@ template <class A> void spread_q(A* q, const Call& call, int64_t t_offset, int64
   if (call.probs)
     read_elements(q, call.target.data, call.target.dtype, t_offset + begin * call.target.class_stride,
                   call.target.class_stride, end - begin);
-  for (int64_t i = 0; i < end - begin; i++) {
-    A q_c = call.probs ? share * q[i] + u : u;
-    q[i] = w ? q_c * w[begin + i] : q_c;
+  constexpr int L = Constants<A>::lanes;
+  for (int64_t i = 0; i < end - begin; i += L) {
+    const int64_t n = end - begin - i < L ? end - begin - i : L;
+    const bool whole = n == L;
+    auto q_c = splat(u);
+    if (call.probs) q_c += share * (whole ? load(q + i) : load_first(q + i, n));
+    if (w) q_c *= whole ? load(w + begin + i) : load_first(w + begin + i, n);
+    if (whole) store(q + i, q_c);
+    else store_first(q + i, q_c, n);
   }
 }
 
 // The largest logit, which is left out of the sum when no target is named; a NaN counts as largest, as in torch.
-template <class F> int64_t largest(const typename F::T* x, int64_t C, const Options& o) {
+template <class F> int64_t largest(const typename F::T* x, int64_t C, const Options& options) {
   TYPES(F);
-  A best = -A(__builtin_inff());
-  int64_t y = 0;
-  each<F>(x, 0, C, o, best, [&](V, V z, int64_t c, int n, int) LAMBDA {
-    const I above = (z > best) | (z != z);
-    bool some = false;
-    for (int i = 0; i < F::lanes; i++) some |= above[i] != 0;
-    if (!some || best != best) return;
-    for (int i = 0; i < n; i++)
-      if (z[i] > best || (z[i] != z[i] && best == best)) best = z[i], y = c + i;
+  const Options o = options;
+  const V minus_inf = splat(-A(__builtin_inff()));
+  A best = minus_inf[0];
+  int64_t from = 0, y = -1;
+  for (int64_t begin = 0; begin < C && best == best; begin += BLOCK) {
+    V most[2] = {minus_inf, minus_inf}, nan = {};  // nan: 0, or a NaN
+    each<F>(x, begin, begin + BLOCK < C ? begin + BLOCK : C, o, minus_inf[0],
+            [&](V, V z, int64_t, int, int turn) LAMBDA {
+              most[turn] = max(z, most[turn]);
+              nan = z == z ? nan : z;
+            });
+    const A m = lane_max<A>(max(most[0], most[1])), sum = A(lane_sum(nan, V{}));
+    if (m > best || sum != sum) best = sum != sum ? sum : m, from = begin;
+  }
+  each<F>(x, from, from + BLOCK < C ? from + BLOCK : C, o, A(0), [&](V, V z, int64_t c, int n, int) LAMBDA {
+    const V hit = (best == best ? z == best : z != z) ? splat(A(1)) : V{};
+    if (y >= 0 || lane_max<A>(hit) == 0) return;
+    for (int i = n - 1; i >= 0; i--) y = hit[i] != 0 ? c + i : y;
   });
   return y;
 }

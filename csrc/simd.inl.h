@@ -253,6 +253,11 @@ INLINE void read_strided(A* out, const void* data, int64_t offset, int64_t strid
   constexpr int L = Constants<typename Simd<T>::A>::lanes;
   for (int64_t i = 0; i < n; i += L) {
     const int64_t count = n - i < L ? n - i : L;
+    if constexpr (sizeof(A) == sizeof(typename Simd<T>::A))
+      if (stride == 1 && count == L) {
+        store(out + i, load(p + i));
+        continue;
+      }
     T element[L] = {};
     for (int64_t j = 0; j < count; j++) element[j] = p[(i + j) * stride];
     const auto v = load(element);
