@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 HUGE = "THP_MEM_ALLOC_ENABLE"
+SHOWN = ("torch", "torch.compile", "jax+optax", "numpy", "fused_ce")  # in the plot
 
 
 class Run(NamedTuple):
@@ -76,9 +77,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-SHOWN = ("torch", "torch.compile", "jax+optax", "numpy", "fused_ce")
-
-
 def runs(processors: int) -> list[Run]:
     older = ["--peers", "torch,fused_ce,fused_ce avx2,fused_ce base"]
     found = [
@@ -108,24 +106,23 @@ def goals(outcomes: list[dict[str, Any]]) -> Table:
         for goal in wanted:
             run = next(run for run in outcomes if run["rows"] and run["rows"][0]["mode"] == goal.mode)
             median = {r["peer"]: r["median_s"] for r in run["rows"] if f"{r['N']}x{r['C']} {r['dtype']}" == cell}
-            mine = median.get(goal.peer)
-            if mine is None:
+            if median.get(goal.peer) is None:
                 continue
-
-            def against(peer: str, aim: float | None, mine: float = mine, median: Any = median) -> str:
-                other = median.get(peer)
-                if other is None:
-                    return "-"
-                ratio, mark = (mine / other, "<=") if peer == BOUND else (other / mine, ">=")
-                if aim is None:
-                    return f"{ratio:.2f}"
-                met = ratio <= aim if peer == BOUND else ratio >= aim
-                return f"{ratio:.2f} ({mark} {aim:g}{'' if met else ', missed'})"
-
             what = goal.peer if goal.mode == "fwd_bwd" else f"{goal.peer}, no gradient"
             columns = (("torch", goal.torch), ("torch.compile", goal.compiled), (BOUND, goal.copies))
-            table.add_row(cell, what, *(against(peer, aim) for peer, aim in columns))
+            table.add_row(cell, what, *(against(median, goal.peer, peer, aim) for peer, aim in columns))
     return table
+
+
+def against(median: dict[str, Any], mine: str, other: str, aim: float | None) -> str:
+    if median.get(other) is None:
+        return "-"
+    slower, faster = (mine, other) if other == BOUND else (other, mine)  # a copy is a bound, a peer is to be beaten
+    ratio = median[slower] / median[faster]
+    if aim is None:
+        return f"{ratio:.2f}"
+    mark, met = ("<=", ratio <= aim) if other == BOUND else (">=", ratio >= aim)
+    return f"{ratio:.2f} ({mark} {aim:g}{'' if met else ', missed'})"
 
 
 if __name__ == "__main__":

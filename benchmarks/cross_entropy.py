@@ -90,9 +90,8 @@ def measure(N: int, C: int, dtype: str, args: argparse.Namespace) -> list[Row]:
     """Check every peer on one problem, then time those that are right, and a copy of the logits as the bound."""
     problem = make_problem(N, C, dtype, args)
     size = problem.input.numel() * problem.input.itemsize
-    rows = {name: Row(N, C, dtype, args.mode, args.reduction, name) for name in [*args.peers, BOUND]}
-    for row in rows.values():
-        row.upstream = args.upstream
+    names = [*args.peers, BOUND]
+    rows = {name: Row(N, C, dtype, args.mode, args.reduction, name, args.upstream) for name in names}
     copy, logits = torch.empty_like(problem.input), problem.input.detach()
     able = {BOUND: Peer(lambda: (copy.copy_(logits), None), 1, 1)}
     for name in args.peers:

@@ -55,9 +55,7 @@ class Target(NamedTuple):
 
     @property
     def device(self) -> gpu.Device:
-        recent = tuple(int(number) for number in triton.__version__.split(".")[:2]) >= (3, 9)
-        clusters = recent and self.capability is not None and self.capability >= (9, 0)
-        return gpu.Device(self.capability, self.multiprocessors, self.l2_bytes, clusters)
+        return gpu.Device(self.capability, self.multiprocessors, self.l2_bytes, gpu.has_clusters(self.capability))
 
 
 TARGETS = {

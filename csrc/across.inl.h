@@ -130,10 +130,10 @@ template <class F> struct Bundle {
   INLINE void load_y() {
     Index labels[F::lanes] = {}, valid[F::lanes] = {};
     const View& target = call.target;
-    const int64_t* const p = static_cast<const int64_t*>(target.data) + call.dims.offset(target, first);
     if (target.dtype == DType::int64 && n == F::lanes && call.dims.in_line(first, n) &&
         target.strides[call.dims.rank - 1] == 1) {
       // Several labels at a time.
+      const int64_t* const p = static_cast<const int64_t*>(target.data) + call.dims.offset(target, first);
       constexpr int some = lanes_of<Vec::i64>;
       typedef Index Narrow __attribute__((vector_size(some * sizeof(Index))));
       for (int i = 0; i < F::lanes; i += some) {

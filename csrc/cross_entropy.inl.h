@@ -35,14 +35,14 @@ template <class F> INLINE typename F::V transform(typename F::V x, const Options
   TYPES(F);
   if constexpr (!F::CHANGED) return x;
   const V z = x * A(o.logit_scale);
-  return o.softcap > 0 ? A(o.softcap) * tanh<A, V, I>(z * A(1 / o.softcap)) : z;
+  return o.softcap > 0 ? A(o.softcap) * tanh<A>(z * A(1 / o.softcap)) : z;
 }
 
 // [2] transform_grad
 template <class F> INLINE typename F::V transform_grad(typename F::V x, const Options& o) {
   TYPES(F);
   const V k = splat(A(o.logit_scale));
-  return F::CHANGED && o.softcap > 0 ? k * sech2<A, V, I>(x * k * A(1 / o.softcap)) : k;
+  return F::CHANGED && o.softcap > 0 ? k * sech2<A>(x * k * A(1 / o.softcap)) : k;
 }
 
 // f(x, z, class, lanes in use, 0 or 1 in turns) for the vectors of a block; z past the end holds `fill`, put there

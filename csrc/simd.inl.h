@@ -396,7 +396,7 @@ template <class V> INLINE void add(V& total, V& lost, V part) {
 }
 
 // tanh(u) = -em1 / (2 + em1) with em1 = exp(-2 |u|) - 1: no cancellation near 0.
-template <class A, class V, class I> INLINE V tanh(V u) {
+template <class A, class V> INLINE V tanh(V u) {
   typedef Constants<A> K;
   V x = u < 0 ? 2 * u : -2 * u;
   V clamped = x < K::lowest ? splat(K::lowest) : x;
@@ -408,7 +408,7 @@ template <class A, class V, class I> INLINE V tanh(V u) {
 }
 
 // 1 / cosh(u)^2 = 4 e / (1 + e)^2 with e = exp(-2 |u|): no cancellation where tanh nears 1.
-template <class A, class V, class I> INLINE V sech2(V u) {
+template <class A, class V> INLINE V sech2(V u) {
   V e = exp<A>(u < 0 ? 2 * u : -2 * u);
   return 4 * e / ((1 + e) * (1 + e));
 }

@@ -91,14 +91,17 @@ def device(tensor: Tensor) -> Device:
 
 @functools.cache
 def _device(index: int) -> Device:
-    import triton
-
     found = torch.cuda.get_device_properties(index)
     capability = None if torch.version.hip else (found.major, found.minor)
-    # Triton 3.8 leaves a cluster without waiting for it, and the launch fails.
+    return Device(capability, found.multi_processor_count, found.L2_cache_size, has_clusters(capability))
+
+
+def has_clusters(capability: tuple[int, int] | None) -> bool:
+    """Triton 3.8 leaves a cluster without waiting for it, and the launch fails."""
+    import triton
+
     version = tuple(int(number) for number in triton.__version__.split(".")[:2])
-    clusters = capability is not None and capability >= (9, 0) and version >= (3, 9)
-    return Device(capability, found.multi_processor_count, found.L2_cache_size, clusters)
+    return capability is not None and capability >= (9, 0) and version >= (3, 9)
 
 
 def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:

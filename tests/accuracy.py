@@ -30,11 +30,13 @@ def same_kind(got: Tensor, exact: Tensor) -> bool:
 
 
 def relative_error(got: Tensor, exact: Tensor, terms: Tensor | None = None, flush: float = 0.0) -> float:
-    """Largest relative error before the one rounding that a 16-bit result needs, over finite elements.
+    """Largest relative error before the one rounding that a 16-bit result needs; inf where only one is not finite.
 
     `terms` is what the error is relative to where a result is a difference (|exact| if None). An error of
     `flush` is free: an exponential below the smallest normal number may become zero.
     """
+    if not same_kind(got, exact):
+        return torch.inf
     rounding = ulp(exact, got.dtype) / 2 if got.dtype in HALF else torch.zeros_like(exact)
     error = (got.double() - exact).abs() - rounding - flush
     wrong = (error > 0) & exact.isfinite() & got.isfinite()
