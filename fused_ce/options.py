@@ -1,4 +1,4 @@
-"""What a call asks for, checked once, and what it may get besides the loss."""
+"""What a call asks for, checked once."""
 
 from __future__ import annotations
 
@@ -37,17 +37,13 @@ class Options(NamedTuple):
             and not self.return_stats
         )
 
-
-class Extras(NamedTuple):
-    """What a row can tell besides its loss: each of shape (N, d1..dk); an ignored row holds 0 and argmax -1."""
-
-    lse: Tensor
-    z_loss: Tensor
-    argmax: Tensor
-    entropy: Tensor
+    @property
+    def smoothing(self) -> float:
+        """torch reads a smoothing that is not above zero (NaN too) as none."""
+        return self.label_smoothing if self.label_smoothing > 0 else 0.0
 
 
-def check_extras(options: Options) -> None:
+def check_keywords(options: Options) -> None:
     """Refuse values of the keywords that torch does not have; torch judges its own.
 
     Raises:

@@ -1,0 +1,1 @@
+"""The implementations, each answering to `contract.Backend`; `dispatch` chooses."""

@@ -1,0 +1,1 @@
+"""The "triton" backend: `launch` is what dispatch sees; `forward`, `backward`, `reduce` hold the kernels."""

@@ -1,0 +1,116 @@
+"""What passes between a user's call and a backend: the same few types for every backend, and the Protocol it answers to.
+
+Letters and formulas stand in `formula.py`. R: the rows of a call, (N, d1..dk) of logits (N, C, d1..dk).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .options import Options
+
+# "loss": the loss alone. "fused": loss and gradient in one pass, for an upstream gradient of `options.grad_scale`, into
+# the logits' own memory with `options.inplace`. "recompute": the loss, and what backward makes the gradient from.
+Schedule = Literal["loss", "fused", "recompute"]
+
+
+class Call(NamedTuple):
+    """One call as a backend sees it: shapes and dtypes are judged, `options.dtype` is the loss's (None: the input's)."""
+
+    input: Tensor  # (N, C, d1..dk) or (C), the logits
+    target: Tensor  # (N, d1..dk) or () class indices, or probabilities of the input's shape
+    weight: Tensor | None  # (C,)
+    options: Options
+
+    @property
+    def row_shape(self) -> torch.Size:
+        return row_shape(self.input)
+
+    @property
+    def has_probs(self) -> bool:
+        """Whether the target holds probabilities."""
+        return self.target.is_floating_point()
+
+    @property
+    def acc(self) -> torch.dtype:
+        """What a kernel computes in, and the dtype of the statistics of a row."""
+        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+
+
+class Stats(NamedTuple):
+    """What a row can tell besides its loss, R each; an ignored row holds 0 and argmax -1."""
+
+    lse: Tensor
+    z_loss: Tensor
+    argmax: Tensor  # int64
+    entropy: Tensor
+
+
+class Forward(NamedTuple):
+    """What a backend's forward gives."""
+
+    loss: Tensor  # () or R
+    grad: Tensor | None  # the input's shape; schedule "fused"
+    saved: Tensor | None  # `Backend.saved_shape`, float64: what backward needs; None where it would not be read
+    stats: Stats | None  # with `options.return_stats`
+
+
+class Upstream(NamedTuple):
+    """The upstream gradients that backward is given."""
+
+    loss: Tensor  # () or R
+    lse: Tensor | None = None  # R, of `Stats.lse`
+
+
+class Gradients(NamedTuple):
+    input: Tensor  # contiguous, of the input's shape and dtype
+    target: Tensor | None = None  # of probabilities, where they want one
+
+
+class RowSums(NamedTuple):
+    """What a part of a row's classes leaves, (R,) each; `formula.combine` joins the parts of a row.
+
+    One class y is left out of the sums: the target, which one part holds, or, under probabilities, the part's largest.
+    """
+
+    m: Tensor  # the largest z; -inf where the part holds none above that
+    so: Tensor  # sum of exp(z_c - m) over the classes other than y
+    z_y: Tensor  # z of y; -inf where another part holds it
+    q_y: Tensor  # q of y; 0 where another part holds it
+    q_others: Tensor  # sum of q_c over the classes other than y
+    q_drop: Tensor  # sum of q_c (m - z_c) over them
+    e_drop: Tensor  # sum of exp(z_c - m) (m - z_c) over them, for the entropy; 0 where no statistics are asked for
+    argmax: Tensor  # the class of the largest z, the first of equals; -1 where no statistics are asked for
+
+
+class Backend(Protocol):
+    """An implementation: a module with these five functions (or an object with these methods), in `backends.dispatch`."""
+
+    def unsupported(self, call: Call) -> list[str]:
+        """Why it cannot take the call, in words; empty where it can."""
+
+    def saved_shape(self, call: Call) -> tuple[int, ...]:
+        """The shape of `Forward.saved` under schedule "recompute"; its layout is the backend's own."""
+
+    def forward(self, call: Call, schedule: Schedule) -> Forward:
+        """The loss, and what the schedule adds to it.
+
+        Raises:
+            IndexError: a target out of range, before anything is written (a GPU cannot know in time).
+        """
+
+    def backward(
+        self, call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
+    ) -> Gradients:
+        """The gradients for these upstream gradients, from what forward gave; `keep`: grad is needed again."""
+
+    def rescale(self, grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
+        """A fused gradient made right for another upstream gradient, without the logits; it costs a rounding."""
+
+
+def row_shape(input: Tensor) -> torch.Size:
+    """(N, d1..dk) of (N, C, d1..dk); () of (C)."""
+    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]

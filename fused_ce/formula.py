@@ -1,0 +1,282 @@
+r"""The mathematics of fused_ce, written once, in plain PyTorch: any device, any dtype, differentiable.
+
+`csrc/formula.inl.h` and `backends/triton/formula.py` hold the same functions, same letters, same order:
+
+    transform, transform_grad, row_lse, combine, row_loss, row_grad
+
+One row of logits x (C classes), class weights w (1 if none), label smoothing e, logit scale k,
+softcap s, z-loss factor L (`lse_square_scale`):
+
+    z_c   = s tanh(k x_c / s)            (k x_c without softcap)              transform
+    lse   = log sum_c exp z_c                                                 row_lse, combine
+    q_c   = (1 - e) w_y [c = y] + (e / C) w_c      target: class index y
+    q_c   = w_c ((1 - e) t_c + e / C)              target: probabilities t
+    a     = sum_c q_c
+    loss  = a lse - sum_c q_c z_c + L lse^2                                   row_loss
+    p_c   = exp(z_c - lse)
+    dz_c  = (a + 2 L lse + g_lse) p_c - q_c   g_lse: upstream gradient of lse, where lse was returned
+    dx_c  = dz_c k / cosh(k x_c / s)^2   (dz_c k without softcap)             row_grad, transform_grad
+    an ignored row: loss = 0 and dx = 0, whatever its logits hold
+
+How it is computed. m is the largest z of the row, drop = m - z_c, and one class y is left out of the sums:
+
+    so       = sum over c != y of exp(z_c - m),   e_y = exp(z_y - m)
+    q_others = sum over c != y of q_c = a - q_y
+    q_drop   = sum over c != y of q_c drop
+    e_drop   = sum over c != y of exp(z_c - m) drop
+    lse      = m + lse_m,   lse_m = log1p(so + (e_y - 1))
+    loss     = q_y (lse_m + (m - z_y)) + q_others lse_m + q_drop + L lse^2
+    p_y      = e_y / (so + e_y),   1 - p_y = so / (so + e_y)
+    entropy  = lse_m + (e_drop + e_y (m - z_y)) / (so + e_y)
+
+Where y is certain (e_y = 1, so tiny), `1 + so` would round so away: log(1 + so) becomes 0 and p_y - 1
+becomes 0, which is why other cross entropies lose a confident row's loss and gradient. With so kept
+apart, every term of the loss is a sum of non-negative parts and nothing cancels. y is the target or,
+under probability targets, the largest logit. For the same reason the softcap's slope is 1 / cosh^2
+rather than the equal 1 - (z / s)^2.
+
+The sums of a row (`RowSums`) are joined from those of its parts, whatever the parts are (blocks, tiles, shards of the
+classes): `combine` brings both to the larger m, by exp(m_part - m) and, for the drops, by m - m_part.
+
+Origin of the parts: softmax minus one-hot as in Bridle (1990); label smoothing as in Szegedy et al.
+(2016); softcap as in Gemma 2 (2024); the z-loss L lse^2 as in PaLM (2022); sums joined part by part as in
+Milakov and Gimelshein (2018).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contract import Call, RowSums, Stats
+from .options import Options
+
+
+# [1] transform
+def transform(x: Tensor, options: Options) -> Tensor:  # (R, C) -> (R, C)
+    z = x * options.logit_scale
+    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+
+
+# [2] transform_grad
+def transform_grad(x: Tensor, options: Options) -> Tensor | float:  # (R, C) -> dz/dx
+    if options.softcap is None:
+        return options.logit_scale
+    return options.logit_scale / torch.cosh(x * (options.logit_scale / options.softcap)) ** 2
+
+
+# [3] row_lse
+def row_lse(
+    z: Tensor,  # (R, C), a part of the classes or all of them
+    y: Tensor,  # (R,) counted from the part's first class; outside [0, C): another part holds it
+    q_y: Tensor,  # (R,)
+    q: Tensor | None,  # (R, C); None: no class but y has any
+    wants_stats: bool = False,
+) -> RowSums:
+    m = z.detach().amax(-1)
+    held = (y >= 0) & (y < z.shape[-1])
+    at = torch.where(held, y, 0)[:, None]
+    drop = finite(m)[:, None] - z
+    e_c = torch.exp(-drop)
+    e_c = e_c.scatter(-1, at, torch.where(held[:, None], 0, e_c.gather(-1, at)))
+    zero = torch.zeros_like(m)
+    q_others = q_drop = zero
+    if q is not None:
+        q = q.scatter(-1, at, torch.where(held[:, None], 0, q.gather(-1, at)))
+        q_others = q.sum(-1)
+        # Not 0 * drop, which is NaN where z_y is -inf.
+        q_drop = (q * drop.scatter(-1, at, torch.where(held[:, None], 0, drop.gather(-1, at)))).sum(-1)
+    return RowSums(
+        m,
+        e_c.sum(-1),
+        torch.where(held, z.gather(-1, at).squeeze(-1), -torch.inf),
+        torch.where(held, q_y, 0),
+        q_others,
+        q_drop,
+        torch.where(e_c == 0, 0, e_c * drop).sum(-1) if wants_stats else zero,
+        z.argmax(-1) if wants_stats else torch.full_like(y, -1),
+    )
+
+
+def combine(a: RowSums, b: RowSums, probs: bool = False) -> RowSums:
+    """The sums of two parts of a row, the first before the second; `probs`: each left out a largest class of its own."""
+    higher, m = b.m > a.m, torch.maximum(a.m, b.m)
+    if probs:
+        a, b = put_back(a, higher), put_back(b, ~higher)
+    a, b = rescale(a, m), rescale(b, m)
+    return RowSums(
+        m,
+        a.so + b.so,
+        torch.maximum(a.z_y, b.z_y),
+        a.q_y + b.q_y,
+        a.q_others + b.q_others,
+        a.q_drop + b.q_drop,
+        a.e_drop + b.e_drop,
+        torch.where(higher, b.argmax, a.argmax),
+    )
+
+
+def rescale(part: RowSums, m: Tensor) -> RowSums:  # (R,)
+    """The sums of a part as they are relative to the m of the whole row."""
+    rise, shrink = finite(m) - finite(part.m), torch.exp(part.m - finite(m))
+    return part._replace(
+        m=m,
+        so=part.so * shrink,
+        q_drop=part.q_drop + part.q_others * rise,
+        e_drop=(part.e_drop + part.so * rise) * shrink,
+    )
+
+
+def put_back(part: RowSums, lower: Tensor) -> RowSums:  # (R,)
+    """Where the part is the lower one, its y joins the other classes: the row's y is the other part's."""
+    return part._replace(
+        so=torch.where(lower, part.so + torch.exp(part.z_y - finite(part.m)), part.so),
+        z_y=torch.where(lower, -torch.inf, part.z_y),
+        q_y=torch.where(lower, 0, part.q_y),
+        q_others=torch.where(lower, part.q_others + part.q_y, part.q_others),
+        q_drop=torch.where(lower, part.q_drop + part.q_y * (finite(part.m) - part.z_y), part.q_drop),
+    )
+
+
+def finite(m: Tensor) -> Tensor:  # (R,)
+    """m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN."""
+    return torch.where(m == -torch.inf, 0, m)
+
+
+# [4] row_loss
+def row_loss(sums: RowSums, options: Options) -> tuple[Tensor, Tensor]:  # (R,) cross entropy, (R,) z-loss
+    m, lse_m = sums.m, minus_m(sums)
+    loss = sums.q_y * (lse_m + (m - sums.z_y)) + (sums.q_others * lse_m + sums.q_drop)
+    # Not 0 * lse^2, which is NaN where the square overflows.
+    L = options.lse_square_scale
+    return loss, L * (m + lse_m) ** 2 if L else torch.zeros_like(loss)
+
+
+def minus_m(sums: RowSums) -> Tensor:  # (R,)
+    """lse - m."""
+    return torch.log1p(sums.so + (torch.exp(sums.z_y - sums.m) - 1))
+
+
+# [5] row_grad
+def row_grad(
+    x: Tensor,  # (R, C)
+    z: Tensor,  # (R, C)
+    y: Tensor,  # (R,)
+    q: Tensor | None,  # (R, C); None: no class but y has any
+    sums: RowSums,
+    options: Options,
+    scale: Tensor,  # (R,) upstream gradient of the cross entropy
+    z_scale: Tensor,  # (R,) upstream gradient of the z-loss
+    g_lse: Tensor | float = 0.0,  # (R,) upstream gradient of lse, where lse was returned
+) -> Tensor:  # (R, C) dx
+    e_y = torch.exp(sums.z_y - sums.m)
+    total = sums.so + e_y
+    z_part = z_scale * 2 * options.lse_square_scale * (sums.m + minus_m(sums)) + g_lse
+    others = scale * sums.q_others + z_part
+    dz = (others + scale * sums.q_y)[:, None] * torch.exp(z - sums.m[:, None]) / total[:, None]
+    if q is not None:
+        dz = dz - scale[:, None] * q
+    dz_y = others * (e_y / total) - scale * sums.q_y * (sums.so / total)
+    return dz.scatter(-1, y[:, None], dz_y[:, None]) * transform_grad(x, options)
+
+
+def target_grad(
+    z: Tensor,  # (R, C)
+    sums: RowSums,
+    weight: Tensor | None,  # (C,)
+    options: Options,
+    scale: Tensor,  # (R,)
+) -> Tensor:  # (R, C) gradient of probabilities
+    minus_log_p = minus_m(sums)[:, None] + (sums.m[:, None] - z)
+    dt = (scale * (1 - options.smoothing))[:, None] * minus_log_p
+    return dt if weight is None else dt * weight
+
+
+def row_stats(sums: RowSums, options: Options) -> Stats:  # (R,) each
+    lse_m, e_y = minus_m(sums), torch.exp(sums.z_y - sums.m)
+    _, z_loss = row_loss(sums, options)
+    y_drop = torch.where(e_y == 0, 0, e_y * (sums.m - sums.z_y))
+    return Stats(sums.m + lse_m, z_loss, sums.argmax, lse_m + (sums.e_drop + y_drop) / (sums.so + e_y))
+
+
+class Rows(NamedTuple):
+    """A call taken apart into rows, all in the dtype that it is computed in."""
+
+    x: Tensor  # (R, C)
+    z: Tensor  # (R, C)
+    y: Tensor  # (R,)
+    q: Tensor | None  # (R, C); None: no class but y has any
+    sums: RowSums
+    counted: Tensor  # (R,) bool, rows that are not ignored
+    weight: Tensor | None  # (C,)
+
+
+def rows_of(call: Call) -> Rows:
+    input, target, weight, options = call
+    wide = torch.float64 in (input.dtype, options.dtype, target.dtype)
+    acc = torch.float64 if wide else torch.float32
+    x = as_rows(input).to(acc)
+    w = None if weight is None else weight.to(acc)
+    e, C = options.smoothing, x.shape[-1]
+    if target.shape == input.shape:
+        counted = torch.ones_like(x[:, 0], dtype=torch.bool)
+        z = transform(x, options)
+        y = z.argmax(-1)
+        q: Tensor | None = (1 - e) * as_rows(target).to(acc) + e / C
+    else:
+        target = target.reshape(-1).long()  # a uint8 of 156 equals -100
+        counted = target != options.ignore_index
+        # An ignored row may hold inf or NaN: zeros in its place keep its loss and gradient at 0.
+        x = torch.where(counted[:, None], x, 0)
+        z = transform(x, options)
+        y = torch.where(counted, target, 0)
+        q = (1 - e) * torch.zeros_like(z).scatter(-1, y[:, None], 1.0) + e / C if e > 0 else None
+    if q is None:
+        q_y = z.new_ones(len(y)) if w is None else w[y]
+    else:
+        q = q if w is None else q * w
+        q_y = q.gather(-1, y[:, None]).squeeze(-1)
+    return Rows(x, z, y, q, row_lse(z, y, q_y, q, options.return_stats), counted, w)
+
+
+def as_rows(tensor: Tensor) -> Tensor:  # (N, C, d1..dk) or (C) -> (R, C)
+    class_dim = 0 if tensor.dim() == 1 else 1
+    return tensor.movedim(class_dim, -1).reshape(-1, tensor.shape[class_dim])
+
+
+def divisors(call: Call, rows: Rows) -> tuple[Tensor | float, Tensor | float]:
+    """What the cross entropy and the z-loss are divided by: class weights count in the first only."""
+    if call.options.reduction != "mean":
+        return 1.0, 1.0
+    if call.options.num_items is not None:
+        return call.options.num_items, call.options.num_items
+    count = rows.counted.sum()
+    if rows.weight is None or call.target.shape == call.input.shape:
+        return count, count
+    return torch.where(rows.counted, rows.weight[rows.y], 0).sum(), count
+
+
+def composite(call: Call) -> tuple[Tensor, Stats | None]:
+    """The whole loss out of plain differentiable torch operators, and the statistics if asked for.
+
+    Takes what `torch.nn.functional.cross_entropy` takes (input (N, C, d1..dk) or (C), class indices or
+    probabilities) once torch has accepted the shapes, and every derivative of any order.
+    """
+    input, target, _, options = call
+    rows = rows_of(call)
+    counted, shape = rows.counted, call.row_shape
+    loss, z_loss = (torch.where(counted, part, 0) for part in row_loss(rows.sums, options))
+    if options.reduction == "none":
+        total = (loss + z_loss).reshape(shape)
+    else:
+        D, count = divisors(call, rows)
+        total = loss.sum() / D + z_loss.sum() / count
+    promoted = torch.promote_types(input.dtype, target.dtype) if target.shape == input.shape else input.dtype
+    stats = None
+    if options.return_stats:
+        found = row_stats(rows.sums, options)
+        found = Stats(*(torch.where(counted, value, -1 if value is found.argmax else 0).reshape(shape) for value in found))
+        stats = found._replace(z_loss=found.z_loss.detach(), entropy=found.entropy.detach())
+    return total.to(options.dtype or promoted), stats
