@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import __version__, cross_entropy, dispatch
-from .cpu import _C
+from . import __version__, cross_entropy
+from .backends import dispatch
+from .backends.cpu import _C
+from .contract import Call
 from .options import Options
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -74,15 +76,15 @@ def backends() -> Iterator[str]:
     for device in DEVICES:
         row = f"  {device:6}"
         for dtype in DTYPES:
-            call = torch.zeros(2, 3, dtype=dtype, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+            call = _small_call(device, dtype)
             try:
-                chosen = dispatch.choose(*call, None, Options(), None)
+                chosen = dispatch.choose(call, None)
                 taken = next((key for key, module in dispatch.BACKENDS.items() if module is chosen), "torch")
             except (NotImplementedError, ValueError):
                 taken = "error"
             row += f"{taken:>10}"
             for other, module in dispatch.BACKENDS.items():
-                for reason in module.unsupported(*call, None, Options()):
+                for reason in module.unsupported(call):
                     reasons.setdefault(f"backend {other} declines {device} tensors: {reason}", []).append(name(dtype))
         yield row
     for reason, dtypes in reasons.items():
@@ -124,11 +126,15 @@ def self_check() -> Iterator[str]:
 def variants() -> Iterator[Variant]:
     for device in DEVICES:
         yield Variant("torch", "", device)
-        call = torch.zeros(2, 3, device=device), torch.zeros(2, dtype=torch.int64, device=device)
         for backend, module in dispatch.BACKENDS.items():
-            if not module.unsupported(*call, None, Options()):
+            if not module.unsupported(_small_call(device, torch.float32)):
                 for isa_name in _C.isa_names() if backend == "cpu" else [""]:
                     yield Variant(backend, isa_name, device)
+
+
+def _small_call(device: str, dtype: torch.dtype) -> Call:
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    return Call(torch.zeros(2, 3, dtype=dtype, device=device), target, None, Options())
 
 
 def errors_of(variant: Variant, dtype: torch.dtype) -> Iterator[tuple[float, float]]:

@@ -1,22 +1,16 @@
-"""`cross_entropy`: the gate between a user's call, the kernels, and torch's own operators."""
+"""`cross_entropy`: the signature, what its arguments mean, and what a call returns."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import dispatch, ops, reference
-from .autograd import CrossEntropy
-from .options import REDUCTIONS, Extras, Options, check_extras
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_HALVES = (torch.bfloat16, torch.float16)
-_INDICES = (torch.int64, torch.uint8)
+from . import _torch, gate, ops
+from .autograd import with_gradient
+from .contract import Call, Stats
+from .options import Options, check_keywords
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -105,10 +99,10 @@ def cross_entropy(  # type: ignore[misc]
         ValueError, RuntimeError, TypeError: as torch raises them.
         NotImplementedError: the backend that was asked for cannot take the call; the message says why.
 
-    The formula stands in `fused_ce/reference.py`.
+    The formula stands in `fused_ce/formula.py`.
     """
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = _torch.legacy_reduction(size_average, reduce)
     options = Options(
         ignore_index,
         label_smoothing,
@@ -123,158 +117,36 @@ def cross_entropy(  # type: ignore[misc]
         return_stats,
     )
     if not options.is_plain or grad_scale is not None:
-        check_extras(options)
-    loss, extras = _run(input, target, weight, options, backend)
-    return _output(loss, extras, input, target, options) if return_stats else loss
+        check_keywords(options)
+    call = Call(input, target, weight, options)
+    loss, stats = _run(call, backend)
+    return _output(loss, stats, call) if return_stats else loss
 
 
-def _run(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, backend: str | None
-) -> tuple[Tensor, Extras | None]:
-    if torch.compiler.is_compiling():
-        return _trace(input, target, weight, options, backend)
-    ordinary = _is_untransformed() and _is_untraced() and _is_ordinary(input, target, weight, options)
-    if not ordinary or input.is_neg() or target.is_neg():
-        return _composite(input, target, weight, options)
-    options = _with_loss_dtype(options, input, target)
-    chosen = dispatch.choose(input, target, weight, options, backend)
+def _run(call: Call, backend: str | None) -> tuple[Tensor, Stats | None]:
+    call, chosen = gate.judge(call, backend)
     if chosen is None:
-        return _composite(input, target, weight, options)
-    if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        loss, _, _, extras = chosen.forward(input, target, weight, options, "loss")
-        return loss, extras
-    if options.inplace:
-        _check_inplace(input, target)
-    outputs = CrossEntropy.apply(input, target, weight, options, chosen, _again)  # type: ignore[no-untyped-call]
-    return (outputs[0], Extras(*outputs[1:])) if options.return_stats else (outputs, None)
-
-
-def _trace(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, backend: str | None
-) -> tuple[Tensor, Extras | None]:
-    """The same for a graph that torch.compile or torch.export is tracing: the kernels as one operator in it."""
-    # An autograd Function under a transform inside a compiled graph loses its derivative in torch 2.13.
-    if not (_is_untransformed() and _is_ordinary(input, target, weight, options)):
-        return _composite(input, target, weight, options)
-    options = _with_loss_dtype(options, input, target)
-    if dispatch.choose(input, target, weight, options, backend) is None:
-        return _composite(input, target, weight, options)
+        return gate.composite(call)
+    input, target, weight, options = call
     wants_grad = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
-    loss, _, *extras = torch.ops.fused_ce.forward(
-        input, target, weight, *ops.arguments(options, input), backend, wants_grad, options.return_stats
-    )
-    return loss, Extras(*extras) if options.return_stats else None
+    if torch.compiler.is_compiling():
+        return ops.traced(call, backend, wants_grad)
+    if not wants_grad:
+        result = chosen.forward(call, "loss")
+        return result.loss, result.stats
+    if options.inplace:
+        gate.check_inplace(call)
+    return with_gradient(call, chosen, gate.again)
 
 
-def _output(loss: Tensor, extras: Extras | None, input: Tensor, target: Tensor, options: Options) -> CrossEntropyOutput:
-    assert extras is not None
+def _output(loss: Tensor, stats: Stats | None, call: Call) -> CrossEntropyOutput:
+    assert stats is not None
+    input, target, _, options = call
     label = target.argmax(0 if input.dim() == 1 else 1) if target.shape == input.shape else target
-    z_loss = extras.z_loss
+    z_loss = stats.z_loss
     if options.reduction != "none":
         z_loss = z_loss.sum()
     if options.reduction == "mean":
-        z_loss = z_loss / ((extras.argmax >= 0).sum() if options.num_items is None else options.num_items)
-    correct = (extras.argmax == label) & (extras.argmax >= 0)
-    return CrossEntropyOutput(loss, extras.lse, z_loss, extras.argmax, correct, extras.entropy)
-
-
-def _check_inplace(input: Tensor, target: Tensor) -> None:
-    base = input._base if input._is_view() else input
-    if base is not None and base.is_leaf and base.requires_grad:
-        raise RuntimeError(
-            "inplace=True would overwrite a leaf tensor that requires grad, such as a parameter; "
-            "expected logits computed by a model. Drop inplace."
-        )
-    if target.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
-        raise RuntimeError("inplace=True would overwrite the target, which shares the logits' memory. Drop inplace.")
-    if not input.is_contiguous():
-        raise RuntimeError(
-            f"inplace=True needs contiguous logits, got shape {tuple(input.shape)} with strides {input.stride()}. "
-            "Drop inplace, or make them contiguous first."
-        )
-
-
-def _with_loss_dtype(options: Options, input: Tensor, target: Tensor) -> Options:
-    """torch's rule: the logits' dtype, at least float32 under autocast, promoted with that of probabilities."""
-    own = input.dtype
-    dtype = options.dtype or own
-    if dtype in _HALVES and torch.is_autocast_enabled(input.device.type):
-        dtype = torch.float32
-    if target.dtype in _FLOATS:
-        dtype = torch.promote_types(dtype, target.dtype)
-    # None, where it may be: replacing a field costs as much as all of this.
-    return options if dtype is (options.dtype or own) else options._replace(dtype=dtype)
-
-
-def _is_untransformed() -> bool:
-    """No torch.func transform and no forward-mode AD is at work."""
-    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
-
-
-def _is_untraced() -> bool:
-    """Nothing records or intercepts torch's operators."""
-    return not (
-        torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _is_ordinary(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> bool:
-    """Plain strided tensors and options that torch accepts; all else is torch's to judge, in its own words."""
-    if not (_is_plain(input) and _is_plain(target) and input.dtype in _FLOATS and type(options.ignore_index) is int):
-        return False
-    shape, labels, kind = input.shape, target.shape, target.dtype
-    rank = len(shape)
-    if rank == 2 and labels == shape[:1]:
-        fits = kind in _INDICES
-    elif labels == shape:
-        fits = kind in _FLOATS and options.ignore_index < 0 and rank > 0
-    elif rank > 2:
-        fits = kind is torch.int64 and labels == shape[:1] + shape[2:]
-    else:
-        fits = kind in _INDICES and rank == 1 and len(labels) == 0
-    if weight is not None:
-        classes = shape[:1] if rank == 1 else shape[1:2]
-        fits = fits and _is_plain(weight) and weight.shape == classes and weight.dtype == input.dtype
-        # torch takes uint8 targets with a weight, but not with smoothing too.
-        fits = fits and not (weight.requires_grad or (kind is torch.uint8 and options.label_smoothing > 0))
-    return (
-        fits
-        and -(2**63) <= options.ignore_index < 2**63
-        and options.reduction in REDUCTIONS
-        and type(options.label_smoothing) in (float, int)
-        and not options.label_smoothing > 1
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    # While compiling, the tensors that stand for the real ones are of other types.
-    return (type(tensor) in _PLAIN or torch.compiler.is_compiling()) and tensor.layout is torch.strided
-
-
-def _composite(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Extras | None]:
-    """The same loss out of torch's own operators: every derivative, every transform, every error message."""
-    if options.dtype is not None:
-        input = input.to(options.dtype)
-        weight = weight if weight is None else weight.to(options.dtype)
-    plain = F.cross_entropy(
-        input,
-        target,
-        weight,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        label_smoothing=options.label_smoothing,
-    )
-    if options.is_plain:
-        return plain, None
-    # torch has judged the arguments; its value is not what was asked for.
-    return reference.composite(input, target, weight, options)
-
-
-def _again(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[Tensor, Extras | None]:
-    """A call that the kernels took, for the derivatives of its gradient: ignored rows keep their zeros there too."""
-    if not target.is_floating_point():
-        ignored = target == options.ignore_index
-        input = torch.where(ignored.unsqueeze(1) if input.dim() > 1 else ignored, 0, input)
-    return _composite(input, target, weight, options)
+        z_loss = z_loss / ((stats.argmax >= 0).sum() if options.num_items is None else options.num_items)
+    correct = (stats.argmax == label) & (stats.argmax >= 0)
+    return CrossEntropyOutput(loss, stats.lse, z_loss, stats.argmax, correct, stats.entropy)

@@ -8,15 +8,15 @@ tangents without a word.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
-from .options import Extras, Options
-from .rows import row_shape
+from .backends import dispatch, reference
+from .contract import Backend, Call, Stats, Upstream
+from .options import Options
 
 _CALL = "Tensor input, Tensor target, Tensor? weight"
 # The fields of Options but the last three, which a graph has no use for, and the backend's name.
@@ -27,31 +27,43 @@ _OPTIONS = (
 _LIBRARY: Any = torch.library.Library("fused_ce", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIBRARY.define(
-    f"forward({_CALL}, {_OPTIONS}, bool stats, bool extras) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"forward({_CALL}, {_OPTIONS}, bool wants_grad, bool wants_stats)"
+    " -> (Tensor loss, Tensor saved, Tensor lse, Tensor z_loss, Tensor argmax, Tensor entropy)",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    f"backward(Tensor? grad_output, Tensor? g_lse, {_CALL}, {_OPTIONS}, Tensor stats, bool wants_target)"
-    " -> (Tensor, Tensor)",
+    f"backward(Tensor? grad_output, Tensor? g_lse, {_CALL}, {_OPTIONS}, Tensor saved, bool wants_target)"
+    " -> (Tensor d_input, Tensor d_target)",
     tags=_TAGS,
 )
 
 
-def arguments(options: Options, input: Tensor) -> tuple[Any, ...]:
-    """The part of the options that is the operators' arguments."""
+def traced(call: Call, backend: str | None, wants_grad: bool) -> tuple[Tensor, Stats | None]:
+    """The call as one operator in the graph that is being traced."""
+    options = call.options
     num_items = options.num_items
     if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, dtype=torch.float64, device=input.device)
-    return *options[:5], options.reduction, options.dtype or input.dtype, num_items
+        num_items = torch.full((), num_items, dtype=torch.float64, device=call.input.device)
+    dtype = options.dtype or call.input.dtype
+    loss, _, *stats = torch.ops.fused_ce.forward(
+        *call[:3], *options[:5], options.reduction, dtype, num_items, backend, wants_grad, options.return_stats
+    )
+    return loss, Stats(*stats) if options.return_stats else None
+
+
+def _chosen(input: Tensor, target: Tensor, weight: Tensor | None, fields: Sequence[Any]) -> tuple[Call, Backend]:
+    """The call and its backend, from the operators' arguments."""
+    *options, backend = fields
+    call = Call(input, target, weight, Options(*options))
+    return call, dispatch.choose(call, backend) or reference
 
 
 def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *fields, backend, wants_stats, wants_extras = rest
-    options = Options(*fields)._replace(return_stats=wants_extras)
-    chosen = dispatch.choose(input, target, weight, options, backend) or reference
-    schedule = "recompute" if wants_stats else "loss"
-    loss, _, stats, extras = chosen.forward(input, target, weight, options, schedule)
-    return loss, _or_empty(stats, input), *(extras or [input.new_empty(0) for _ in Extras._fields])
+    *fields, wants_grad, wants_stats = rest
+    call, backend = _chosen(input, target, weight, fields)
+    call = call._replace(options=call.options._replace(return_stats=wants_stats))
+    loss, _, saved, stats = backend.forward(call, "recompute" if wants_grad else "loss")
+    return loss, _or_empty(saved, input), *(stats or [input.new_empty(0) for _ in Stats._fields])
 
 
 def _backward(
@@ -62,11 +74,10 @@ def _backward(
     weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    *fields, backend, stats, wants_target = rest
-    options = Options(*fields)
-    chosen = dispatch.choose(input, target, weight, options, backend) or reference
-    upstream = input.new_zeros(()) if grad_output is None else grad_output
-    dx, dt = chosen.backward(upstream, g_lse, input, target, weight, options, None, stats, True, wants_target)
+    *fields, saved, wants_target = rest
+    call, backend = _chosen(input, target, weight, fields)
+    upstream = Upstream(input.new_zeros(()) if grad_output is None else grad_output, g_lse)
+    dx, dt = backend.backward(call, None, saved, upstream, True, wants_target)
     return dx, _or_empty(dt, input)
 
 
@@ -76,17 +87,16 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *fields, _, wants_stats, wants_extras = rest
-    options = Options(*fields)
-    shape = row_shape(input)
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    *fields, wants_grad, wants_stats = rest
+    call, backend = _chosen(input, target, weight, fields)
+    shape, options = call.row_shape, call.options
     loss = input.new_empty(shape if options.reduction == "none" else (), dtype=options.dtype)
-    stats = input.new_empty((math.prod(shape), 4), dtype=torch.float64) if wants_stats else None
-    extras = [input.new_empty(0) for _ in Extras._fields]
-    if wants_extras:
-        lse, z_loss, entropy = (input.new_empty(shape, dtype=acc) for _ in range(3))
-        extras = [*Extras(lse, z_loss, input.new_empty(shape, dtype=torch.int64), entropy)]
-    return loss, _or_empty(stats, input), *extras
+    saved = input.new_empty(backend.saved_shape(call), dtype=torch.float64) if wants_grad else None
+    stats = [input.new_empty(0) for _ in Stats._fields]
+    if wants_stats:
+        lse, z_loss, entropy = (input.new_empty(shape, dtype=call.acc) for _ in range(3))
+        stats = [*Stats(lse, z_loss, input.new_empty(shape, dtype=torch.int64), entropy)]
+    return loss, _or_empty(saved, input), *stats
 
 
 def _backward_fake(
@@ -98,18 +108,18 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, weight, *ctx.options, _, wants_extras = inputs
-    _, stats, lse, *others = output
-    ctx.save_for_backward(input, target, weight, stats)
-    ctx.wants_extras = wants_extras
-    ctx.mark_non_differentiable(stats, *others, *(() if wants_extras else (lse,)))
+    input, target, weight, *ctx.options, _, wants_stats = inputs
+    _, saved, lse, *others = output
+    ctx.save_for_backward(input, target, weight, saved)
+    ctx.wants_stats = wants_stats
+    ctx.mark_non_differentiable(saved, *others, *(() if wants_stats else (lse,)))
 
 
 def _derivative(ctx: Any, grad_output: Tensor, _: Tensor, g_lse: Tensor, *__: Tensor) -> tuple[Tensor | None, ...]:
-    input, target, weight, stats = ctx.saved_tensors
+    input, target, weight, saved = ctx.saved_tensors
     wants_target = ctx.needs_input_grad[1]
     dx, dt = torch.ops.fused_ce.backward(
-        grad_output, g_lse if ctx.wants_extras else None, input, target, weight, *ctx.options, stats, wants_target
+        grad_output, g_lse if ctx.wants_stats else None, input, target, weight, *ctx.options, saved, wants_target
     )
     return dx, dt if wants_target else None, *([None] * (len(ctx.options) + 3))
 
