@@ -80,7 +80,7 @@ def measure(dtype_name: str, C: int, logits: str, names: Iterable[str]) -> Itera
             x, target = x[:INTERPRETED_ROWS], target[:INTERPRETED_ROWS]
         exact = x.double(), target, None
         exact_losses = reference.cross_entropy(*exact, Options(reduction="none"))
-        exact_grad, _ = reference.backward(torch.ones(()).double(), None, *exact, Options(), None, None, True, False)
+        exact_grad, _ = reference.backward(Call(*exact, Options()), None, None, Upstream(torch.ones(()).double()), True, False)
         for name in names:
             if (name == "triton") != few or (few and C not in INTERPRETED):
                 continue

@@ -40,15 +40,19 @@ _LIBRARY.define(
 
 def traced(call: Call, backend: str | None, wants_grad: bool) -> tuple[Tensor, Stats | None]:
     """The call as one operator in the graph that is being traced."""
-    options = call.options
+    wants_stats = call.options.return_stats
+    loss, _, *stats = torch.ops.fused_ce.forward(*arguments(call, backend), wants_grad, wants_stats)
+    return loss, Stats(*stats) if wants_stats else None
+
+
+def arguments(call: Call, backend: str | None) -> tuple[Any, ...]:
+    """The call as both operators take it: _CALL and _OPTIONS."""
+    input, target, weight, options = call
     num_items = options.num_items
     if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, dtype=torch.float64, device=call.input.device)
-    dtype = options.dtype or call.input.dtype
-    loss, _, *stats = torch.ops.fused_ce.forward(
-        *call[:3], *options[:5], options.reduction, dtype, num_items, backend, wants_grad, options.return_stats
-    )
-    return loss, Stats(*stats) if options.return_stats else None
+        num_items = torch.full((), num_items, dtype=torch.float64, device=input.device)
+    dtype = options.dtype or input.dtype
+    return input, target, weight, *options[:5], options.reduction, dtype, num_items, backend
 
 
 def _chosen(input: Tensor, target: Tensor, weight: Tensor | None, fields: Sequence[Any]) -> tuple[Call, Backend]:

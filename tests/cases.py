@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_ce.contract import Call
 from fused_ce.options import Options
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -37,7 +38,7 @@ class Case:
     def __str__(self) -> str:
         return self.id
 
-    def build(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor | None, Options]:
+    def build(self, device: str = "cpu") -> Call:
         seed = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
         R = self.N * math.prod(self.pixels)
         y = torch.randint(self.C, (R,), generator=seed)
@@ -50,7 +51,7 @@ class Case:
             target = torch.randn(R, self.C, generator=seed, dtype=f64).softmax(1)
             target = self.layout(self._shaped(target.index_fill(1, torch.arange(1, self.C, 3), 0), self.probs, device))
         weight = None if self.weight is None else self.weight(self.C).to(device, self.dtype)
-        return self.layout(self._shaped(x, self.dtype, device)), target, weight, Options(**self.options)
+        return Call(self.layout(self._shaped(x, self.dtype, device)), target, weight, Options(**self.options))
 
     def _shaped(self, rows: Tensor, dtype: torch.dtype, device: str) -> Tensor:  # (R, C) -> (N, C, d1..dk)
         return rows.to(device, dtype).view(self.N, *self.pixels, self.C).movedim(-1, 1).contiguous()

@@ -7,24 +7,27 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from fused_ce.dispatch import BACKENDS
+from fused_ce.backends.dispatch import BACKENDS
+from fused_ce.backends.triton import launch
+from fused_ce.contract import Backend as Contract
 
 _C = BACKENDS["cpu"]._C
 ISAS = _C.isa_names() if _C else []
 HAS_TRITON = find_spec("triton") is not None
 INTERPRET = HAS_TRITON and not torch.cuda.is_available()
 if INTERPRET:
-    # Read where triton is imported, and by gpu.py. Only tests that ask for Triton see it again: an ordinary call on the
+    # Read where triton is imported, and by launch.py. Only tests that ask for Triton see it again: an ordinary call on the
     # CPU does not know of the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
-    import_module("fused_ce.kernels")
+    for _path in Path(launch.__file__).parent.glob("*.py"):
+        _path.stem == "__init__" or import_module(f"fused_ce.backends.triton.{_path.stem}")
     del os.environ["TRITON_INTERPRET"]
 
 
@@ -34,10 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Backend(NamedTuple):
-    """One implementation of the contract in `fused_ce/dispatch.py`, and where its tensors live."""
+    """One implementation of `fused_ce.contract.Backend`, and where its tensors live."""
 
     name: str
-    module: ModuleType
+    module: Contract
     device: str
 
 

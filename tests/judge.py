@@ -12,10 +12,9 @@ from cases import Case
 from oracle import as_rows, composed, exact_grad, exact_loss, terms
 from torch import Tensor
 
-from fused_ce import reference
-from fused_ce.options import Options
-
-Call = tuple[Tensor, Tensor, "Tensor | None", Options]
+from fused_ce import formula
+from fused_ce.backends import reference
+from fused_ce.contract import Call, Upstream
 
 # Relative errors that are good enough wherever; on top of them comes only the rounding to a 16-bit result.
 LOSS = {torch.float32: 4 * torch.finfo(torch.float32).eps, torch.float64: 1e-12}
@@ -39,8 +38,8 @@ def expected_loss(call: Call) -> Expected:
 def expected_grad(grad_output: Tensor, call: Call) -> Expected:
     def of(loss: Callable[..., Tensor], input: Tensor, *rest: object) -> Tensor:
         upstream = grad_output.cpu().to(input.dtype)
-        if loss is reference.cross_entropy:
-            return reference.backward(upstream, None, input, *rest, None, None, True, False)[0]
+        if loss is ours:
+            return reference.backward(Call(input, *rest), None, None, Upstream(upstream), True, False).input
         input = input.detach().clone().requires_grad_()
         return torch.autograd.grad(loss(input, *rest), input, upstream)[0]
 
@@ -58,6 +57,11 @@ def expected_of(case: Case) -> tuple[Expected, Expected]:
     return loss, expected_grad(torch.ones_like(loss.exact), call)
 
 
+def ours(*call: object) -> Tensor:
+    """The loss by `formula.py`, in the dtype of the input."""
+    return formula.composite(Call(*call))[0]
+
+
 def _allowed(least: dict[torch.dtype, float], call: Call, result_of: Callable[..., Tensor], *exact: object) -> float:
     """`least`, or for harder logits the smaller of torch's own error and twice the reference's, in float32."""
     input, target, weight, options = call
@@ -66,7 +70,7 @@ def _allowed(least: dict[torch.dtype, float], call: Call, result_of: Callable[..
         return least[acc]
     plain = input.detach().cpu().to(acc), target.cpu(), None if weight is None else weight.cpu().to(acc)
     errors = []
-    for loss in (composed, reference.cross_entropy):
+    for loss in (composed, ours):
         result = result_of(loss, *plain, options._replace(dtype=None)).detach()
         errors.append(relative_error(result, *exact) if same_kind(result, exact[0]) else torch.inf)
     return max(least[acc], min(errors[0], 2 * errors[1]))

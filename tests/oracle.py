@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot  # by name: tests patch the module
 
-from fused_ce import reference
+from fused_ce import formula
+from fused_ce.backends import reference
+from fused_ce.contract import Call, Upstream
 from fused_ce.options import Options
 
 
@@ -15,17 +17,18 @@ def double(tensor: Tensor | None) -> Tensor | None:
 
 
 def exact_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """The loss in float64. `reference.py` is held against torch and against decimals in test_reference.py."""
+    """The loss in float64. `formula.py` is held against torch and against decimals in test_reference.py."""
     target = double(target) if target.is_floating_point() else target.cpu()
-    return reference.cross_entropy(double(input), target, double(weight), options._replace(dtype=torch.float64))
+    options = options._replace(dtype=torch.float64, return_stats=False)
+    return formula.composite(Call(double(input), target, double(weight), options))[0]
 
 
 def exact_grad(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
     """The gradient of the input in float64."""
     target = double(target) if target.is_floating_point() else target.cpu()
     options = options._replace(dtype=None)
-    call = double(input), target, double(weight), options
-    return reference.backward(double(grad_output), None, *call, None, None, True, False)[0]
+    call = Call(double(input), target, double(weight), options)
+    return reference.backward(call, None, None, Upstream(double(grad_output)), True, False).input
 
 
 def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
@@ -52,35 +55,26 @@ def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: Opti
     return loss if options.num_items is None else loss / options.num_items
 
 
-def as_rows(tensor: Tensor) -> Tensor:  # (N, C, d1..dk) or (C) -> (R, C)
-    return tensor.movedim(0 if tensor.dim() == 1 else 1, -1).flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+as_rows = formula.as_rows  # (N, C, d1..dk) or (C) -> (R, C)
 
 
 def terms(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
     """Size of what is added and subtracted in each element of the gradient.
 
-    The formula of `reference.row_grad` with every sign a plus: an element near zero between large terms cannot
+    The formula of `formula.row_grad` with every sign a plus: an element near zero between large terms cannot
     be more exact than they are.
     """
-    x, target = as_rows(double(input)), target.cpu()
-    if target.shape == input.shape:
-        probs, valid = as_rows(double(target)), torch.ones(len(x), dtype=torch.bool)
-        z = reference.transform(x, options)
-        y = z.argmax(1)
-    else:
-        target = target.reshape(-1).long()
-        probs, valid = None, target != options.ignore_index
-        z = reference.transform(torch.where(valid[:, None], x, 0), options)
-        y = torch.where(valid, target, 0)
-    onehot = one_hot(y, z.shape[1])
-    e = options.label_smoothing if options.label_smoothing > 0 else 0.0
-    w = torch.ones(z.shape[1], dtype=torch.float64) if weight is None else double(weight)
+    target = double(target) if target.is_floating_point() else target.cpu()
+    call = Call(double(input), target, double(weight), options._replace(dtype=None))
+    rows = formula.rows_of(call)
+    z, C = rows.z, rows.z.shape[1]
+    onehot = one_hot(rows.y, C)
     p = z.softmax(1)
-    q = (w * ((1 - e) * (onehot if probs is None else probs) + e / z.shape[1])).abs()
+    q = (rows.sums.q_y[:, None] * onehot if rows.q is None else rows.q).abs()
     a, others = q.sum(1, keepdim=True), (p * (1 - onehot)).sum(1, keepdim=True)
     z_part = 2 * abs(options.lse_square_scale) * (z.logsumexp(1).abs() + z.amax(1).abs())[:, None]
     size = torch.where(onehot.bool(), (a - q + z_part) * p + q * others, (a + z_part) * p + q)
-    D, _ = reference.divisors(y, valid, probs, double(weight), options)
-    size = size * double(grad_output).abs().reshape(-1, 1) / D * reference.transform_grad(x, options)
-    size = torch.where(valid[:, None], size, 0).abs()
+    D, _ = formula.divisors(call, rows)
+    size = size * double(grad_output).abs().reshape(-1, 1) / D * formula.transform_grad(rows.x, options)
+    size = torch.where(rows.counted[:, None], size, 0).abs()
     return size.view(input.shape) if input.dim() < 3 else size.view(input.movedim(1, -1).shape).movedim(-1, 1)

@@ -10,14 +10,16 @@ import torch
 from accuracy import bits
 from cases import CASES, EVERYTHING, Case, ignore, ramp
 from conftest import Backend
-from judge import Call, check, check_grad, expected_grad, expected_of
+from judge import check, check_grad, expected_grad, expected_of
 from torch import Tensor
+
+from fused_ce.contract import Call, Upstream
 
 
 def take(backend: Backend, case: Case) -> Call:
     """The tensors of a case, on the backend's device; a backend that declines must be allowed to."""
     call = case.build(backend.device)
-    reasons = backend.module.unsupported(*call)
+    reasons = backend.module.unsupported(call)
     if reasons and backend.name in case.may_decline:
         pytest.skip("; ".join(reasons))
     assert not reasons
@@ -33,7 +35,7 @@ def unchanged(*arguments: object) -> Iterator[None]:
 
 
 def schedules(call: Call) -> list[str]:
-    return ["recompute"] if call[3].reduction == "none" else ["fused", "recompute"]
+    return ["recompute"] if call.options.reduction == "none" else ["fused", "recompute"]
 
 
 def upstream_like(call: Call, value: float) -> Tensor:
@@ -51,17 +53,17 @@ def test_contract(backend: Backend, case: Case) -> None:
     ones = upstream_like(call, 1.0)
     for schedule in ("loss", *schedules(call)):
         with unchanged(*call):
-            loss, grad, stats, _ = backend.module.forward(*call, schedule)
+            loss, grad, saved, _ = backend.module.forward(call, schedule)
         assert loss.dtype == ones.dtype
         assert (grad is None) == (schedule != "fused")
-        assert schedule != "loss" or stats is None
+        assert schedule != "loss" or saved is None
         check(loss, exact_loss)
         if schedule == "loss":
             continue
-        with unchanged(*call, grad, stats):
-            kept = backend.module.backward(ones, None, *call, grad, stats, True, False)[0]
+        with unchanged(*call, grad, saved):
+            kept = backend.module.backward(call, grad, saved, Upstream(ones), True, False).input
         assert grad is None or grad.numel() == 0 or kept.data_ptr() != grad.data_ptr()
-        last = backend.module.backward(ones, None, *call, grad, stats, False, False)[0]
+        last = backend.module.backward(call, grad, saved, Upstream(ones), False, False).input
         nan = last.isnan()  # which torch's multiplication by 1 may give other bits
         assert torch.equal(kept.isnan(), nan)
         assert torch.equal(bits(kept)[~nan], bits(last)[~nan])
@@ -98,15 +100,15 @@ UPSTREAM_CASES += [
 @pytest.mark.parametrize("case", UPSTREAM_CASES, ids=str)
 def test_upstream_gradients(backend: Backend, case: Case, upstream: str) -> None:
     call = take(backend, case)
-    if upstream in PER_ROW and call[3].reduction != "none":
+    if upstream in PER_ROW and call.options.reduction != "none":
         return
     given = UPSTREAM[upstream](upstream_like(call, 1.0))
     expected = expected_grad(given, call)
     for schedule in schedules(call):
-        _, grad, stats, _ = backend.module.forward(*call, schedule)
-        with unchanged(*call, given, grad, stats):
-            kept = backend.module.backward(given, None, *call, grad, stats, True, False)[0]
-        last = backend.module.backward(given, None, *call, grad, stats, False, False)[0]
+        _, grad, saved, _ = backend.module.forward(call, schedule)
+        with unchanged(*call, given, grad, saved):
+            kept = backend.module.backward(call, grad, saved, Upstream(given), True, False).input
+        last = backend.module.backward(call, grad, saved, Upstream(given), False, False).input
         assert torch.equal(bits(kept), bits(last))
         check_grad(kept, call, expected)
 
@@ -118,8 +120,8 @@ def test_non_finite_upstream_gradients(backend: Backend, dtype: torch.dtype, val
     call = take(backend, Case("non-finite", N=4, C=129, dtype=dtype))
     given = upstream_like(call, value)
     for schedule in schedules(call):
-        _, grad, stats, _ = backend.module.forward(*call, schedule)
-        result = backend.module.backward(given, None, *call, grad, stats, False, False)[0]
+        _, grad, saved, _ = backend.module.forward(call, schedule)
+        result = backend.module.backward(call, grad, saved, Upstream(given), False, False).input
         assert not result.isfinite().any()
 
 
@@ -129,9 +131,9 @@ def test_rescaling_without_the_logits(backend: Backend, dtype: torch.dtype, upst
     # The logits were changed since: the stored gradient is all there is, which costs a second rounding.
     call = take(backend, Case("rescaled", N=4, C=129, dtype=dtype))
     given = UPSTREAM[upstream](upstream_like(call, 1.0))
-    _, grad, stats, _ = backend.module.forward(*call, "fused")
+    grad = backend.module.forward(call, "fused").grad
     for keep in (True, False):
-        result = backend.module.backward(given, None, None, *call[1:], grad, stats, keep, False)[0]
+        result = backend.module.rescale(grad, call.options, given, keep)
         check_grad(result, call, expected_grad(given, call), roundings=2)
 
 
@@ -140,15 +142,15 @@ def test_target_out_of_range(backend: Backend, target: int) -> None:
     call = take(backend, Case("out-of-range", target=lambda y: y.index_fill(0, y.new_tensor(1), target)))
     if backend.name != "triton":
         with pytest.raises(IndexError, match=rf"^Target {target} is out of bounds\.$"):
-            backend.module.forward(*call, "fused")
+            backend.module.forward(call, "fused")
         return
-    loss, grad, _, _ = backend.module.forward(*call, "fused")
+    loss, grad, _, _ = backend.module.forward(call, "fused")
     assert loss.isnan()
     assert grad[1].isnan().all()
-    call = *call[:3], call[3]._replace(reduction="none")
-    losses, _, stats, _ = backend.module.forward(*call, "recompute")
+    call = call._replace(options=call.options._replace(reduction="none"))
+    losses, _, saved, _ = backend.module.forward(call, "recompute")
     assert losses.isnan().tolist() == [False, True, False]
-    again = backend.module.backward(torch.ones_like(losses), None, *call, None, stats, True, False)[0]
+    again = backend.module.backward(call, None, saved, Upstream(torch.ones_like(losses)), True, False).input
     assert again.isnan().any(1).tolist() == [False, True, False]
 
 
@@ -156,11 +158,11 @@ def test_target_out_of_range(backend: Backend, target: int) -> None:
 def test_a_row_is_the_same_in_any_batch(backend: Backend, dtype: torch.dtype) -> None:
     case = Case("batch", N=7, C=1025, dtype=dtype, options={"reduction": "none"})
     input, target, weight, options = call = take(backend, case)
-    losses, _, stats, _ = backend.module.forward(*call, "recompute")
-    grads = backend.module.backward(torch.ones_like(losses), None, *call, None, stats, True, False)[0]
+    losses, _, saved, _ = backend.module.forward(call, "recompute")
+    grads = backend.module.backward(call, None, saved, Upstream(torch.ones_like(losses)), True, False).input
     for rows in (slice(3, 4), slice(2, 7), slice(None, None, 3)):
-        alone = input[rows], target[rows], weight, options
-        loss, _, stats, _ = backend.module.forward(*alone, "recompute")
-        grad = backend.module.backward(torch.ones_like(loss), None, *alone, None, stats, True, False)[0]
+        alone = Call(input[rows], target[rows], weight, options)
+        loss, _, saved, _ = backend.module.forward(alone, "recompute")
+        grad = backend.module.backward(alone, None, saved, Upstream(torch.ones_like(loss)), True, False).input
         assert torch.equal(bits(loss), bits(losses[rows]))
         assert torch.equal(bits(grad), bits(grads[rows]))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_ce.dispatch import BACKENDS
+from fused_ce.backends.dispatch import BACKENDS
 
 pytest.importorskip("rich")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

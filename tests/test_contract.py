@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from calls import p, w, x, y
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_ce import cpu, cross_entropy, reference
-from fused_ce.dispatch import BACKENDS
+from fused_ce import cross_entropy, formula
+from fused_ce.backends import cpu
+from fused_ce.backends.dispatch import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "contract.md"
@@ -76,7 +77,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, module in BACKENDS.items():
         record(module, "forward", name)
     record(F, "cross_entropy", "torch")
-    record(reference, "composite", "composite")
+    record(formula, "composite", "composite")
     return names
 
 

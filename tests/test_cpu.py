@@ -15,7 +15,8 @@ from calls import p, x, y
 from cases import EVERYTHING, misaligned, padded, rows_apart
 from torch import Tensor
 
-from fused_ce import cpu
+from fused_ce.backends import cpu
+from fused_ce.contract import Call, Upstream
 from fused_ce.options import Options
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,11 +36,11 @@ def threads() -> Iterator[None]:
 def everything(input: Tensor, target: Tensor, options: Options) -> list[Tensor]:
     """Every result of a forward and a backward, as bits."""
     schedule = "recompute" if options.reduction == "none" else "fused"
-    loss, grad, *_ = cpu.forward(input, target, None, options, schedule)
-    stats = cpu.forward(input, target, None, options, "recompute")[2]
+    loss, grad, *_ = cpu.forward(Call(input, target, None, options), schedule)
+    saved = cpu.forward(Call(input, target, None, options), "recompute")[2]
     upstream = torch.full_like(loss, 0.3)
-    again = cpu.backward(upstream, None, input, target, None, options, None, stats, True, False)[0]
-    return [bits(t) for t in (loss, grad, stats, again) if t is not None]
+    again = cpu.backward(Call(input, target, None, options), None, saved, Upstream(upstream), True, False).input
+    return [bits(t) for t in (loss, grad, saved, again) if t is not None]
 
 
 @every_isa
@@ -83,8 +84,8 @@ def test_nothing_is_written_beside_the_gradient(C: int, dtype: torch.dtype) -> N
     memory = x(N * C + 2 * margin, 1, dtype=dtype).flatten()
     before, inside = memory.clone(), slice(margin, margin + N * C)
     target = y(N, C=C)
-    expected = cpu.forward(memory[inside].view(N, C).clone(), target, None, Options(), "fused")[1]
-    grad = cpu.forward(memory[inside].view(N, C), target, None, Options(inplace=True), "fused")[1]
+    expected = cpu.forward(Call(memory[inside].view(N, C).clone(), target, None, Options()), "fused")[1]
+    grad = cpu.forward(Call(memory[inside].view(N, C), target, None, Options(inplace=True)), "fused")[1]
     assert torch.equal(bits(grad), bits(expected))
     assert torch.equal(bits(memory[:margin]), bits(before[:margin]))
     assert torch.equal(bits(memory[-margin:]), bits(before[-margin:]))
@@ -113,8 +114,8 @@ def test_threads_do_not_matter_in_place(N: int, dtype: torch.dtype, softcap: flo
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
         logits = input.clone()
-        loss, grad, stats, extras = cpu.forward(logits, target, None, options, "fused")
-        got = [bits(t) for t in (loss, grad, stats, *extras)]
+        loss, grad, saved, stats = cpu.forward(Call(logits, target, None, options), "fused")
+        got = [bits(t) for t in (loss, grad, saved, *stats)]
         if count == 1:
             expected = got
         assert all(map(torch.equal, got, expected))
@@ -169,16 +170,16 @@ def test_one_row_without_a_batch_is_the_same(dtype: torch.dtype) -> None:
 @every_isa
 def test_nothing_is_written_for_a_bad_target() -> None:
     input, target = x(3, 5), torch.tensor([0, 5, 1])
-    _, _, stats, _ = cpu.forward(input, y(3), None, Options(), "recompute")
-    before = stats.clone()
+    _, _, saved, _ = cpu.forward(Call(input, y(3), None, Options()), "recompute")
+    before = saved.clone()
     for bad in (5, -1, 2**60):
         target[1] = bad
         with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.$"):
-            cpu.forward(input, target, None, Options(), "fused")
+            cpu.forward(Call(input, target, None, Options()), "fused")
         # The target was changed after forward: backward must not read past the row either.
         with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.$"):
-            cpu.backward(torch.ones(()), None, input, target, None, Options(), None, stats, True, False)[0]
-    assert torch.equal(stats, before)
+            cpu.backward(Call(input, target, None, Options()), None, saved, Upstream(torch.ones(())), True, False).input
+    assert torch.equal(saved, before)
 
 
 def test_names(isa: str) -> None:

@@ -52,12 +52,12 @@ def test_real_sizes(C: int, dtype: torch.dtype, layout: str) -> None:
     case = Case(f"real-{C}-{dtype}", N=5, C=C, dtype=dtype, target=ignore(1), layout=layouts[layout])
     call = case.build("cuda")
     exact_loss, exact_grad = expected_of(case)
-    loss, grad, _, _ = gpu.forward(*call, "fused")
+    loss, grad, _, _ = gpu.forward(call, "fused")
     check(loss, exact_loss)
     check_grad(grad, call, exact_grad)
-    loss, _, stats, _ = gpu.forward(*call, "recompute")
+    loss, _, stats, _ = gpu.forward(call, "recompute")
     check(loss, exact_loss)
-    check_grad(gpu.backward(torch.ones_like(loss), None, *call, None, stats, True, False)[0], call, exact_grad)
+    check_grad(gpu.backward(call, None, stats, Upstream(torch.ones_like(loss)), True, False).input, call, exact_grad)
 
 
 @dtypes

@@ -7,54 +7,62 @@ from types import SimpleNamespace
 import pytest
 import torch
 from calls import p, w, x, y
-from torch import Tensor
 
-from fused_ce import cpu, cross_entropy, dispatch
-from fused_ce.dispatch import BACKENDS, choose
+from fused_ce import cross_entropy
+from fused_ce.backends import cpu, dispatch
+from fused_ce.backends.dispatch import BACKENDS, choose
+from fused_ce.contract import Call
 from fused_ce.options import Options
 
 needs_kernels = pytest.mark.skipif(cpu._C is None, reason="fused_ce._C is not built")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def call(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, None, Options]:
-    return x(3, 5, dtype=dtype), y(3), None, Options()
+def call(dtype: torch.dtype = torch.float32) -> Call:
+    return Call(x(3, 5, dtype=dtype), y(3), None, Options())
 
 
 def test_names_in_order() -> None:
     assert list(BACKENDS) == ["cpu", "triton", "reference"]
     for module in BACKENDS.values():
-        assert all(callable(getattr(module, name)) for name in ("unsupported", "forward", "backward"))
+        assert all(callable(getattr(module, name)) for name in ("unsupported", "saved_shape", "forward", "backward", "rescale"))
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_cpu_tensors_go_to_the_cpu_kernels(dtype: torch.dtype) -> None:
-    assert choose(*call(dtype), None) is BACKENDS["cpu"]
+    assert choose(call(dtype), None) is BACKENDS["cpu"]
 
 
 def test_the_first_that_takes_the_call_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(*reasons: str) -> SimpleNamespace:
         return SimpleNamespace(unsupported=lambda *arguments: list(reasons))
 
-    for cpu_reasons, gpu_reasons, chosen in (([], [], "cpu"), (["no"], [], "gpu"), (["no"], ["no"], None)):
-        backends = {"cpu": backend(*cpu_reasons), "gpu": backend(*gpu_reasons)}
-        monkeypatch.setattr(dispatch, "cpu", backends["cpu"])
-        monkeypatch.setattr(dispatch, "gpu", backends["gpu"])
-        assert choose(*call(), None) is backends.get(chosen)
+    takes, declines = backend(), backend("no")
+    for table in (
+        {"a": takes, "b": declines},
+        {"b": declines, "a": takes},
+        {"a": takes, "c": backend()},
+        {"b": declines, "a": takes, "reference": dispatch.reference},
+    ):
+        monkeypatch.setattr(dispatch, "BACKENDS", table)
+        assert choose(call(), None) is takes
+    for table in ({"b": declines}, {}, {"b": declines, "reference": dispatch.reference, "a": takes}):
+        monkeypatch.setattr(dispatch, "BACKENDS", table)
+        assert choose(call(), None) is None
 
 
 def test_reference_only_when_asked_for() -> None:
     wide = call(torch.float32)[0].to(torch.complex64)
-    assert choose(wide, y(3), None, Options(), None) is None
-    assert choose(*call(), "reference") is BACKENDS["reference"]
+    assert choose(Call(wide, y(3), None, Options()), None) is None
+    assert choose(call(), "reference") is BACKENDS["reference"]
 
 
 def test_the_variable_forces_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "FORCED", "reference")
-    assert choose(*call(), None) is BACKENDS["reference"]
+    assert choose(call(), None) is BACKENDS["reference"]
     if cpu._C is not None:
-        assert choose(*call(), "cpu") is BACKENDS["cpu"]  # the argument is heard first
+        assert choose(call(), "cpu") is BACKENDS["cpu"]  # the argument is heard first
     monkeypatch.setattr(dispatch, "FORCED", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         cross_entropy(*call()[:2])
@@ -87,12 +95,13 @@ def test_an_unknown_name_is_refused() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_that_declines_says_why(name: str) -> None:
     integers = x(3, 5).long()
-    reasons = BACKENDS[name].unsupported(integers, y(3), None, Options())
+    declined = Call(integers, y(3), None, Options())
+    reasons = BACKENDS[name].unsupported(declined)
     assert reasons
     assert all(isinstance(reason, str) for reason in reasons)
     assert any("int64" in reason for reason in reasons)
     with pytest.raises(NotImplementedError) as error:
-        choose(integers, y(3), None, Options(), name)
+        choose(declined, name)
     message = str(error.value)
     assert message.startswith(f"backend {name!r} cannot take input (3, 5) torch.int64 on cpu with target (3,)")
     assert all(reason in message for reason in reasons)
@@ -115,7 +124,7 @@ DECLINED = {
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 @pytest.mark.parametrize("declined", DECLINED)
 def test_kernels_decline_what_they_cannot_do(name: str, declined: str) -> None:
-    assert BACKENDS[name].unsupported(*DECLINED[declined]())
+    assert BACKENDS[name].unsupported(Call(*DECLINED[declined]()))
 
 
 REFUSED = {  # by torch, before any kernel could read past the end

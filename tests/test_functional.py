@@ -22,7 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from fused_ce import cpu, cross_entropy
+from fused_ce import cross_entropy
+from fused_ce.backends import cpu
 from fused_ce.options import Options
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -309,7 +310,7 @@ def test_float16_mean_does_not_overflow() -> None:
 def test_a_forked_child_does_not_hang() -> None:
     code = """
 import os, signal, torch
-from fused_ce import cpu, cross_entropy
+from fused_ce import cross_entropy
 torch.set_num_threads(4)
 x, y = torch.randn(512, 1000, requires_grad=True), torch.zeros(512, dtype=torch.int64)
 many, labels = torch.randn(100_000, 3).bfloat16().requires_grad_(), torch.zeros(100_000, dtype=torch.int64)

@@ -42,7 +42,7 @@ def test_chunks_of_rows(backend: Backend, case: Case, chunk: int, monkeypatch: p
     monkeypatch.setattr(gpu, "SUMS", gpu.SUMS | {"CHUNK": chunk, "BLOCK": 8})
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
-    loss, grad, _, _ = gpu.forward(*call, "fused")
+    loss, grad, _, _ = gpu.forward(call, "fused")
     check(loss, exact_loss)
     check_grad(grad, call, exact_grad)
 
@@ -64,13 +64,13 @@ def test_tiles_and_fewer_programs(
     monkeypatch.setattr(gpu, "_launch", launch_fewer)
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
-    loss, grad, _, _ = gpu.forward(*call, "fused")
+    loss, grad, _, _ = gpu.forward(call, "fused")
     check(loss, exact_loss)
     check_grad(grad, call, exact_grad)
-    stats = gpu.forward(*call, "recompute")[2]
-    again = gpu.backward(torch.ones_like(loss), None, *call, None, stats, True, False)[0]
+    stats = gpu.forward(call, "recompute")[2]
+    again = gpu.backward(call, None, stats, Upstream(torch.ones_like(loss)), True, False).input
     check_grad(again, call, exact_grad)
-    doubled = gpu.backward(torch.full_like(loss, 2), None, *call, grad, stats, True, False)[0]
+    doubled = gpu.backward(call, grad, stats, Upstream(torch.full_like(loss, 2)), True, False).input
     assert torch.equal(bits(doubled), bits(grad * 2))
 
 
@@ -115,12 +115,12 @@ def test_paths(backend: Backend, case: Case, path: str, monkeypatch: pytest.Monk
     exact_loss, exact_grad = expected_of(case)
     ones = torch.ones_like(exact_loss.exact).to(backend.device, call[3].dtype or call[0].dtype)
     if call[3].reduction != "none" and exact_grad.exact.numel():
-        loss, grad, _, _ = gpu.forward(*call, "fused")
+        loss, grad, _, _ = gpu.forward(call, "fused")
         check(loss, exact_loss)
         check_grad(grad, call, exact_grad)
-    loss, _, stats, _ = gpu.forward(*call, "recompute")
+    loss, _, stats, _ = gpu.forward(call, "recompute")
     check(loss, exact_loss)
-    check_grad(gpu.backward(ones, None, *call, None, stats, True, False)[0], call, exact_grad)
+    check_grad(gpu.backward(call, None, stats, Upstream(ones), True, False).input, call, exact_grad)
 
 
 @only_triton
@@ -134,7 +134,7 @@ def test_rows_shared_by_programs_have_the_same_bits(
         *tensors, options = case.build(backend.device)
         call = *tensors, options._replace(return_stats=True)
         sums = *tensors, options._replace(return_stats=True, reduction="sum")
-        results.append((*gpu.forward(*call, "loss")[::3], *gpu.forward(*sums, "fused")))
+        results.append((*gpu.forward(call, "loss")[::3], *gpu.forward(sums, "fused")))
     for walked, shared in zip(*results, strict=True):
         pairs = [(walked, shared)] if isinstance(walked, torch.Tensor) else zip(walked, shared, strict=True)
         assert all(torch.equal(bits(a), bits(b)) for a, b in pairs)
@@ -186,11 +186,11 @@ def test_check_targets(backend: Backend) -> None:
     *tensors, options = Case("bad", N=4, target=lambda y: y.index_fill(0, y.new_tensor(2), 10)).build(backend.device)
     for reduction in ("none", "mean"):
         for _ in range(2):
-            gpu.forward(*tensors, options._replace(reduction=reduction), "loss")
+            gpu.forward(tensors, options._replace(reduction=reduction), "loss")
         with pytest.raises(IndexError, match=r"^Target 10 is out of bounds\.$"):
             fused_ce.check_targets()
         fused_ce.check_targets()
-    gpu.forward(*tensors, options._replace(ignore_index=10), "loss")
+    gpu.forward(tensors, options._replace(ignore_index=10), "loss")
     fused_ce.check_targets()
 
 
@@ -256,13 +256,13 @@ def test_expected_upstream_gradient(backend: Backend, dtype: torch.dtype, given:
     hint = 1 / 3 if given == "number" else torch.tensor(1 / 3, device=backend.device)
     *tensors, options = case.build(backend.device)
     call = *tensors, options._replace(grad_scale=hint)
-    loss, grad, stats, _ = gpu.forward(*call, "fused")
+    loss, grad, stats, _ = gpu.forward(call, "fused")
     upstream = torch.full_like(loss, 1 / 3)
     check_grad(grad, call, expected_grad(upstream, call))
     untouched = grad.clone()
-    assert gpu.backward(upstream, None, *call, grad, stats, False, False)[0] is grad
+    assert gpu.backward(call, grad, stats, Upstream(upstream), False, False).input is grad
     assert torch.equal(bits(grad), bits(untouched))
-    other = gpu.backward(upstream * 2, None, *call, grad, stats, False, False)[0]
+    other = gpu.backward(call, grad, stats, Upstream(upstream * 2), False, False).input
     check_grad(other, call, expected_grad(upstream * 2, call), roundings=1 if dtype != torch.float32 else 2)
 
 
@@ -274,13 +274,13 @@ def test_in_place(backend: Backend, case: Case) -> None:
         return
     call = input.clone(), *rest, options._replace(inplace=True)
     _, exact = expected_of(case)
-    grad = gpu.forward(*call, "fused")[1]
+    grad = gpu.forward(call, "fused")[1]
     assert grad.data_ptr() == call[0].data_ptr()
     check_grad(grad, (input, *rest, options), exact)
     call = input.clone(), *rest, options._replace(inplace=True)
-    loss, _, stats, _ = gpu.forward(*call, "recompute")
+    loss, _, stats, _ = gpu.forward(call, "recompute")
     assert torch.equal(call[0], input)
-    grad = gpu.backward(torch.ones_like(loss), None, *call, None, stats, False, False)[0]
+    grad = gpu.backward(call, None, stats, Upstream(torch.ones_like(loss)), False, False).input
     assert grad.data_ptr() == call[0].data_ptr()
     check_grad(grad, (input, *rest, options), exact)
 
@@ -295,15 +295,15 @@ def test_extras_and_their_gradients(backend: Backend, pixels: tuple[int, ...], p
         target.view(-1)[1] = options.ignore_index
     call = input, target, weight, options._replace(return_stats=True)
     exact_call = double(input), double(target) if probs else target.cpu(), double(weight), call[3]
-    loss, _, stats, extras = gpu.forward(*call, "recompute")
+    loss, _, stats, extras = gpu.forward(call, "recompute")
     exact = reference.composite(*exact_call)[1]
     for got, wanted in zip(extras, exact, strict=True):
         assert got.dtype == (torch.int64 if wanted.dtype == torch.int64 else torch.float32)
         torch.testing.assert_close(got.cpu().to(wanted.dtype), wanted, rtol=2e-6, atol=0)
     g_lse = torch.randn(*loss.shape, *extras.lse.shape, 2, device=backend.device)[..., 1]
     upstream = torch.full_like(loss, 1 / 3)
-    wanted = reference.backward(double(upstream), double(g_lse), *exact_call, None, None, True, probs is not None)
-    got = gpu.backward(upstream, g_lse, *call, None, stats, True, probs is not None)
+    wanted = reference.backward(exact_call, None, None, Upstream(double(upstream), double(g_lse)), True, probs is not None)
+    got = gpu.backward(call, None, stats, Upstream(upstream, g_lse), True, probs is not None)
     for result, exact_result, like in zip(got, wanted, (input, target), strict=True):
         if exact_result is None:
             assert result is None

@@ -105,7 +105,7 @@ for dtype in (torch.float32, torch.bfloat16):
 @pytest.mark.parametrize("missing", [(), ("triton",), ("fused_ce._C",), ("triton", "fused_ce._C")], ids=str)
 def test_works_without(missing: tuple[str, ...]) -> None:
     block = f"import sys\nfor name in {missing!r}: sys.modules[name] = None\n"
-    used = "from fused_ce import cpu\nassert (cpu._C is None) == " + str("fused_ce._C" in missing)
+    used = "from fused_ce.backends import cpu\nassert (cpu._C is None) == " + str("fused_ce._C" in missing)
     assert python(block + CHECK + used) == ""
 
 

@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
 import fused_ce
 from fused_ce import __main__ as main
-from fused_ce import cpu
-from fused_ce.dispatch import BACKENDS
+from fused_ce.backends import cpu
+from fused_ce.backends.dispatch import BACKENDS
+from fused_ce.contract import Forward
 
 
 @cache
@@ -54,7 +56,10 @@ def test_a_forced_instruction_set_is_named() -> None:
 
 def test_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = BACKENDS["reference"].forward
-    wrong = lambda *arguments: (right(*arguments)[0] * 1.01, *right(*arguments)[1:])  # noqa: E731
+    def wrong(*arguments: Any) -> Forward:
+        result = right(*arguments)
+        return result._replace(loss=result.loss * 1.01)
+
     monkeypatch.setattr(BACKENDS["reference"], "forward", wrong)
     assert main.main() != 0
     assert "FAIL" in capsys.readouterr().out

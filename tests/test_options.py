@@ -10,7 +10,7 @@ import torch
 from calls import x, y
 
 from fused_ce import cross_entropy
-from fused_ce.options import REDUCTIONS, Options, check_extras
+from fused_ce.options import REDUCTIONS, Options, check_keywords
 
 REFUSED = [
     ({"logit_scale": torch.inf}, "logit_scale must be a finite number, got inf"),
@@ -32,7 +32,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("keywords", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_refuses(keywords: dict[str, Any], message: str) -> None:
-    for refuse in (lambda: check_extras(Options(**keywords)), lambda: cross_entropy(x(3, 5), y(3), **keywords)):
+    for refuse in (lambda: check_keywords(Options(**keywords)), lambda: cross_entropy(x(3, 5), y(3), **keywords)):
         with pytest.raises(ValueError, match="got") as error:
             refuse()
         assert str(error.value).startswith(message)
@@ -44,7 +44,7 @@ def test_refuses(keywords: dict[str, Any], message: str) -> None:
     ids=str,
 )
 def test_accepts(keywords: dict[str, Any]) -> None:
-    check_extras(Options(**keywords))
+    check_keywords(Options(**keywords))
     assert cross_entropy(x(3, 5), y(3), **keywords).isfinite()
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from judge import check, check_grad, expected_grad, expected_loss
 from torch import Tensor
 
-from fused_ce import cpu, cross_entropy
+from fused_ce import cross_entropy
+from fused_ce.backends import cpu
 from fused_ce.options import Options
 
 # The same examples on every run; the `isa` fixture stays as it is from one to the next.

@@ -1,4 +1,4 @@
-"""The formula itself: `reference.py` in float64 against torch, against its own autograd, and against decimals."""
+"""The formula itself: `formula.py` in float64 against torch, against its own autograd, and against decimals."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from cases import CASES, EVERYTHING, OPTIONS, Case, confident, ignore, ramp
 from oracle import composed, exact_grad, exact_loss, terms
 from torch import Tensor
 
-from fused_ce import reference
+from fused_ce import formula
+from fused_ce.backends import reference
+from fused_ce.contract import Call, Upstream
 from fused_ce.options import Options
-
-Call = tuple[Tensor, Tensor, "Tensor | None", Options]
 
 
 def in_float64(case: Case) -> Call:
     input, target, weight, options = case.build()
     weight = None if weight is None else weight.double()
     target = target.double() if target.is_floating_point() else target
-    return input.double(), target, weight, options._replace(dtype=None, grad_scale=None)
+    return Call(input.double(), target, weight, options._replace(dtype=None, grad_scale=None))
 
 
 def torch_is_exact(case: Case) -> bool:
@@ -39,7 +39,7 @@ def test_equals_torch_in_float64(case: Case) -> None:
     (their_grad,) = torch.autograd.grad(theirs.sum(), input)
     ones = torch.ones_like(theirs)
     theirs = theirs.detach()
-    loss, grad, _, _ = reference.forward(*call, "fused")
+    loss, grad, _, _ = reference.forward(call, "fused")
     assert same_kind(loss, theirs)
     assert relative_error(loss, theirs) < 1e-13
     assert same_kind(grad, their_grad)
@@ -58,11 +58,11 @@ def test_row_grad_equals_autograd(options: str, shape: tuple[int, ...], probabil
     else:
         target = torch.randint(5, shape[:-1] if len(shape) == 1 else (shape[0], *shape[2:]), generator=seed)
     for reduction in ("mean", "sum", "none") if options.num_items is None else ("mean",):
-        call = input, target, ramp(5).double(), options._replace(reduction=reduction)
-        loss = reference.cross_entropy(*call)
+        call = Call(input, target, ramp(5).double(), options._replace(reduction=reduction))
+        loss, _ = formula.composite(call)
         upstream = torch.randn(loss.shape, generator=seed, dtype=torch.float64)
         (by_autograd,) = torch.autograd.grad(loss, input, upstream)
-        by_formula = reference.backward(upstream, None, *call, None, None, True, False)[0]
+        by_formula = reference.backward(call, None, None, Upstream(upstream), True, False).input
         torch.testing.assert_close(by_formula, by_autograd, rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(loss, composed(*call), rtol=1e-13, atol=1e-15)
 
@@ -74,7 +74,7 @@ def test_derivatives(options: str) -> None:
     target = ignore(1)(torch.tensor([4, 0, 2]))
 
     def loss(input: Tensor) -> Tensor:
-        return reference.cross_entropy(input, target, ramp(5).double(), options)
+        return formula.composite(Call(input, target, ramp(5).double(), options))[0]
 
     assert torch.autograd.gradcheck(loss, input, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(loss, input)
@@ -103,7 +103,7 @@ def test_equals_decimals(margin: float, softcap: float | None) -> None:
     y = torch.tensor([3])
     x = confident(margin)(torch.randn(1, 17, generator=seed, dtype=torch.float64), y)
     loss, grad = decimals(x[0], 3, softcap)
-    ours, our_grad, *_ = reference.forward(x, y, None, Options(softcap=softcap), "fused")
+    ours, our_grad, *_ = reference.forward(Call(x, y, None, Options(softcap=softcap)), "fused")
     assert ours.item() == pytest.approx(loss, rel=1e-13)
     assert relative_error(our_grad[0], grad) < 1e-12
 
@@ -111,7 +111,7 @@ def test_equals_decimals(margin: float, softcap: float | None) -> None:
 def test_large_logits_change_nothing() -> None:
     x = torch.tensor([[3e300, 3e300, 3e300], [1e200, 1e200, 0], [-3e300, -3e300, -3e300]], dtype=torch.float64)
     y = torch.tensor([0, 1, 2])
-    loss, _, _, _ = reference.forward(x, y, None, Options(reduction="none"), "loss")
+    loss, _, _, _ = reference.forward(Call(x, y, None, Options(reduction="none")), "loss")
     torch.testing.assert_close(loss.exp(), torch.tensor([3, 2, 3], dtype=torch.float64))
     third, half = 1 / 3, 1 / 2
     grad = exact_grad(torch.ones(3), x, y, None, Options(reduction="none"))
@@ -124,8 +124,8 @@ def test_probabilities_in_other_dtypes(dtype: torch.dtype) -> None:
     seed = torch.Generator().manual_seed(0)
     input = torch.randn(4, 33, generator=seed).to(dtype)
     target = torch.randn(4, 33, generator=seed).softmax(1)
-    call = input, target, None, Options(label_smoothing=0.1)
-    loss, grad, _, _ = reference.forward(*call, "fused")
+    call = Call(input, target, None, Options(label_smoothing=0.1))
+    loss, grad, _, _ = reference.forward(call, "fused")
     assert loss.dtype == torch.float32
     assert grad.dtype == dtype
     assert relative_error(loss, exact_loss(*call)) < 1e-6
@@ -134,7 +134,7 @@ def test_probabilities_in_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_everything_ignored() -> None:
-    call = torch.randn(3, 5, dtype=torch.float64), torch.full((3,), -100), None, Options(**EVERYTHING)
-    loss, grad, _, _ = reference.forward(*call, "fused")
+    call = Call(torch.randn(3, 5, dtype=torch.float64), torch.full((3,), -100), None, Options(**EVERYTHING))
+    loss, grad, _, _ = reference.forward(call, "fused")
     assert loss.isnan()
     assert torch.equal(grad, torch.zeros(3, 5, dtype=torch.float64))

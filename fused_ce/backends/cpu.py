@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 # After torch, so that the kernels join torch's own OpenMP pool, which torch.set_num_threads governs.
-from .options import REDUCTIONS, Extras, Options
-from .rows import row_shape
+from ..contract import Call, Forward, Gradients, Stats, Upstream, row_shape
+from ..options import REDUCTIONS, Options
 
 _C: Any
 try:
-    from . import _C
+    from .. import _C
 except ImportError as error:
     _C = None
     _missing = f"the C++ kernels cannot be loaded ({error}); pip install . builds them"
@@ -33,8 +33,9 @@ _CONTIGUOUS = torch.contiguous_format
 T = TypeVar("T")
 
 
-def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
+def unsupported(call: Call) -> list[str]:
     """Why the C++ kernels cannot take the call, in words; an empty list when they can."""
+    input, target, weight, options = call
     reasons = []
     dtype, loss_dtype, kind, dims = input.dtype, options.dtype, target.dtype, input.dim()
     if _C is None:
@@ -58,14 +59,12 @@ def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: O
     return reasons
 
 
-def forward(
-    input: Tensor,  # (N, C, d1..dk) or (C)
-    target: Tensor,  # (N, d1..dk) or (), or probabilities of the input's shape
-    weight: Tensor | None,  # (C)
-    options: Options,
-    schedule: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Extras | None]:
-    """See `dispatch.py`. The stats are (rows, 4) float64; a fused gradient needs them only for that of lse."""
+def saved_shape(call):
+    return (math.prod(call.row_shape), _C.stats_size)
+
+
+def forward(call: Call, schedule) -> Forward:
+    input, target, weight, options = call
     fused = schedule == "fused"
     needs_stats = schedule == "recompute" or (fused and options.return_stats)
     per_row = needs_stats or options.return_stats or options.reduction == "none"
@@ -89,38 +88,30 @@ def forward(
         _pointer(extras),
         torch.get_num_threads(),
     )
-    return loss, grad, stats, None if extras is None else _by_torch(lambda: _extras(extras, shape, input))
+    return Forward(loss, grad, stats, None if extras is None else _by_torch(lambda: _extras(extras, shape, input)))
 
 
-def backward(
-    grad_output: Tensor,  # () or (N, d1..dk)
-    g_lse: Tensor | None,  # (N, d1..dk)
-    input: Tensor | None,  # (N, C, d1..dk) or (C); None: changed since forward
-    target: Tensor,
-    weight: Tensor | None,  # (C)
-    options: Options,
-    grad: Tensor | None,  # the input's shape, made by forward for an upstream gradient of grad_scale
-    stats: Tensor | None,  # (rows, 4)
-    keep: bool,
-    wants_target: bool,
-) -> tuple[Tensor, Tensor | None]:
+def backward(call, grad, saved, upstream, keep, wants_target):
+    input, target, weight, options = call
+    stats = saved
+    grad_output, g_lse = upstream
     one_for_all = grad_output.dim() == 0
     upstream = grad_output.item() if one_for_all else 1.0
     if grad is not None:
         expected = _expected(options, grad_output.dtype)
         if upstream == expected:
-            return _scaled(grad, 1.0, keep) if keep else grad, None
+            return Gradients(_scaled(grad, 1.0, keep) if keep else grad, None)
         scales = expected != 0 and math.isfinite(expected)  # a grad_scale may have left the loss's dtype
         ratio = upstream / expected if scales else math.nan
         # One more rounding; or none, for a power of two and the exponents of bfloat16.
         exact = grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5)
-        if input is None or (grad.itemsize > 2 and scales) or exact:
-            return _scaled(grad, ratio, keep), None
+        if (grad.itemsize > 2 and scales) or exact:
+            return Gradients(_scaled(grad, ratio, keep), None)
         # Once more, for what has come; the first was right only for what was expected.
         options = options._replace(grad_scale=upstream, return_stats=False)
-        dx = forward(input, target, weight, options, "fused")[1]
+        dx = forward(call._replace(options=options), "fused")[1]
         assert dx is not None
-        return dx, None
+        return Gradients(dx, None)
     assert input is not None
     dx = input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)
     dt = torch.empty_like(target, memory_format=_CONTIGUOUS) if wants_target else None
@@ -140,7 +131,13 @@ def backward(
         _pointer(stats),
         torch.get_num_threads(),
     )
-    return dx, dt
+    return Gradients(dx, dt)
+
+
+def rescale(grad, options, upstream, keep):
+    u, expected = upstream.item(), _expected(options, upstream.dtype)
+    scales = expected != 0 and math.isfinite(expected)
+    return _scaled(grad, u / expected if scales else math.nan, keep)
 
 
 def _expected(options: Options, dtype: torch.dtype) -> float:
@@ -166,11 +163,11 @@ def _scaled(grad: Tensor, ratio: float, keep: bool) -> Tensor:
     return _by_torch(lambda: grad * ratio if keep else grad.mul_(ratio))
 
 
-def _extras(table: Tensor, shape: tuple[int, ...], input: Tensor) -> Extras:  # (rows, 4) float64
+def _extras(table: Tensor, shape: tuple[int, ...], input: Tensor) -> Stats:  # (rows, 4) float64
     """The C++ struct's fields lse, z_loss, entropy, argmax as tensors of their own."""
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     lse, z_loss, entropy = (table[:, i].to(acc, copy=True).reshape(shape) for i in range(3))
-    return Extras(lse, z_loss, table[:, 3].view(torch.int64).clone().reshape(shape), entropy)
+    return Stats(lse, z_loss, table[:, 3].view(torch.int64).clone().reshape(shape), entropy)
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .options import Extras, Options
-from .rows import NOTHING, Matrix, alignment, congruent, matrices, row_shape, rows
+from ...contract import Stats as Extras, row_shape
+from ...options import Options
+from .rows import NOTHING, Matrix, alignment, congruent, matrices, rows
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -104,7 +105,8 @@ def has_clusters(capability: tuple[int, int] | None) -> bool:
     return capability is not None and capability >= (9, 0) and version >= (3, 9)
 
 
-def unsupported(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> list[str]:
+def unsupported(call) -> list[str]:
+    input, target, weight, options = call
     """Why the kernels cannot take the call, in words; empty if they can."""
     reasons = []
     if input.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
