@@ -103,8 +103,11 @@ class CrossEntropy(torch.autograd.Function):
 
 def _frozen(options: Options) -> Options:
     """Backward reads these tensors again; a loss scaler may have changed its scale in place by then."""
-    tensors = {name: getattr(options, name) for name in ("num_items", "grad_scale")}
-    return options._replace(**{name: t.detach().clone() for name, t in tensors.items() if isinstance(t, Tensor)})
+    num_items, grad_scale = (
+        value.detach().clone() if isinstance(value, Tensor) else value
+        for value in (options.num_items, options.grad_scale)
+    )
+    return options._replace(num_items=num_items, grad_scale=grad_scale)
 
 
 def _differentiable(

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from fused_ce.backends.triton.formula import RowSums, combine
 
 
@@ -10,7 +9,14 @@ from fused_ce.backends.triton.formula import RowSums, combine
 def load(parts, row):
     p = parts + row * 8 + tl.arange(0, 1)
     return RowSums(
-        tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5), tl.load(p + 6), tl.load(p + 7)
+        tl.load(p),
+        tl.load(p + 1),
+        tl.load(p + 2),
+        tl.load(p + 3),
+        tl.load(p + 4),
+        tl.load(p + 5),
+        tl.load(p + 6),
+        tl.load(p + 7),
     )
 
 

@@ -56,6 +56,7 @@ def test_a_forced_instruction_set_is_named() -> None:
 
 def test_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = BACKENDS["reference"].forward
+
     def wrong(*arguments: Any) -> Forward:
         result = right(*arguments)
         return result._replace(loss=result.loss * 1.01)

@@ -94,7 +94,9 @@ def test_parts_join_to_the_whole(combine: Combine, probs: bool) -> None:
             joined = combine(joined, part, probs)
         for name, got, wanted in zip(RowSums._fields, joined, whole, strict=True):
             where = f"{name}, cut at {borders[1:-1]}"
-            torch.testing.assert_close(got, wanted, rtol=1e-13, atol=0, equal_nan=True, msg=lambda m, w=where: f"{w}: {m}")
+            torch.testing.assert_close(
+                got, wanted, rtol=1e-13, atol=0, equal_nan=True, msg=lambda m, w=where: f"{w}: {m}"
+            )
 
 
 @pytest.mark.parametrize("isa", cpu._C.isa_names() if cpu._C else [])
