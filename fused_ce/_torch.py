@@ -49,11 +49,11 @@ def dual_level_active() -> bool:
 
 def is_watched() -> bool:
     """Whether something records or intercepts torch's operators; or changes in place would go unseen."""
-    return bool(_function_modes() or _dispatch_modes() or _tracing_state() is not None or not _HAS_VERSIONS)
+    return not (_HAS_VERSIONS and _function_modes() == 0 and _dispatch_modes() == 0 and _tracing_state() is None)
 
 
-def is_batched(tensor: Tensor) -> bool:
-    return _is_legacy_batched(tensor) or _is_wrapped(tensor)
+def is_batched(tensor: Tensor | None) -> bool:
+    return tensor is not None and (_is_legacy_batched(tensor) or _is_wrapped(tensor))
 
 
 def version(tensor: Tensor) -> int:

@@ -72,9 +72,7 @@ class CrossEntropy(torch.autograd.Function):
         keep = _torch.keeps_graph()
         unchanged = _torch.version(call.input) == ctx.version
         # create_graph=True, or a vmap over upstream gradients: only differentiable operators will do.
-        composite = torch.is_grad_enabled() or any(
-            _torch.is_batched(given) for given in (grad_output, g_lse) if given is not None
-        )
+        composite = torch.is_grad_enabled() or _torch.is_batched(grad_output) or _torch.is_batched(g_lse)
         if g_lse is not None:
             grad = None  # it was made for an lse without an upstream gradient
         if not unchanged and (composite or grad is None):

@@ -33,8 +33,11 @@ if INTERPRET:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # torch's own, when forward-mode differentiation is first used.
-    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script:DeprecationWarning")
+    # torch's own: when forward-mode differentiation is first used (a FutureWarning from 2.14 on), and in opcheck.
+    for name in ("DeprecationWarning", "FutureWarning"):
+        for function in ("script", "trace"):
+            config.addinivalue_line("filterwarnings", f"ignore:.torch.jit.{function}:{name}")
+    config.addinivalue_line("filterwarnings", r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 class Backend(NamedTuple):
