@@ -93,6 +93,16 @@ def test_files_are_short() -> None:
     assert [path for path in sources if len(path.read_text().splitlines()) > 300] == []
 
 
+def test_the_map_holds_every_file() -> None:
+    guide = PACKAGE.parent / "CONTRIBUTING.md"
+    if not guide.exists():
+        pytest.skip("not a checkout")
+    house = guide.read_text().partition("## The house")[2].partition("\n## ")[0]
+    for path in (*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.*")):
+        if path.name != "__init__.py":
+            assert re.search(rf"\b{path.name.partition('.')[0]}\b", house), path
+
+
 def test_parallel_formulas() -> None:
     """The three formula files name the same functions in the same order."""
     names = ("transform", "transform_grad", "row_lse", "combine", "row_loss", "row_grad")
