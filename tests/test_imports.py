@@ -14,6 +14,7 @@ import pytest
 import fused_ce
 
 PACKAGE = Path(fused_ce.__file__).parent
+LAUNCHED = ("arguments", "backward", "forward", "plan", "reduce", "rows")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
     "__init__": {"backends.triton.launch", "functional", "module"},
@@ -31,16 +32,18 @@ ARROWS = {
     "backends.reference": {"formula"},
     "backends.cpu": {"_C"},
     "backends.triton.__init__": set(),
-    "backends.triton.launch": {f"backends.triton.{name}" for name in ("backward", "forward", "plan", "reduce", "rows")},
-    "backends.triton.plan": set(),
+    "backends.triton.launch": {f"backends.triton.{name}" for name in LAUNCHED},
+    "backends.triton.arguments": {"backends.triton.rows"},
+    "backends.triton.plan": {"backends.triton.arguments", "backends.triton.rows"},
     "backends.triton.rows": set(),
-    "backends.triton.forward": {f"backends.triton.{name}" for name in ("formula", "tiles")},
+    "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "tiles")},
     "backends.triton.backward": {f"backends.triton.{name}" for name in ("formula", "tiles")},
-    "backends.triton.reduce": {f"backends.triton.{name}" for name in ("formula", "tiles")},
+    "backends.triton.reduce": {"backends.triton.tiles"},
     "backends.triton.tiles": {"backends.triton.formula"},
-    "backends.triton.formula": set(),
+    "backends.triton.formula": {"backends.triton.math"},
+    "backends.triton.math": set(),
 }
-KERNELS = {f"backends.triton.{name}" for name in ("backward", "formula", "forward", "reduce", "tiles")}
+KERNELS = {f"backends.triton.{name}" for name in ("backward", "formula", "forward", "math", "reduce", "tiles")}
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:
