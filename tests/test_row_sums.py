@@ -26,7 +26,9 @@ def by_formula(a: RowSums, b: RowSums, probs: bool) -> RowSums:
 
 def by_cpp(a: RowSums, b: RowSums, probs: bool) -> RowSums:
     rows = zip(*(torch.stack([field.double() for field in part], 1).tolist() for part in (a, b)), strict=True)
-    joined = torch.tensor([cpu._C.combine(*row, probs) for row in rows], dtype=torch.float64)
+    joined = torch.tensor(
+        [cpu._C.combine(*(RowSums(*part) for part in row), probs) for row in rows], dtype=torch.float64
+    )
     return RowSums(*joined.T)._replace(argmax=joined[:, 7].long())
 
 
