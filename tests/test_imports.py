@@ -39,7 +39,7 @@ ARROWS = {
     "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "tiles")},
     "backends.triton.backward": {f"backends.triton.{name}" for name in ("formula", "tiles")},
     "backends.triton.reduce": {"backends.triton.tiles"},
-    "backends.triton.tiles": {"backends.triton.formula"},
+    "backends.triton.tiles": {"backends.triton.formula", "backends.triton.math"},
     "backends.triton.formula": {"backends.triton.math"},
     "backends.triton.math": set(),
 }
