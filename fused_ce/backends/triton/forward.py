@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...contract import RowSums
 from .arguments import Grads
-from .formula import LaneSums, Options, combine, finite, grad_factors, minus_m, row_grad, row_loss, row_lse, row_stats
+from .formula import LaneSums, Options, combine, finite, grad_factors, row_grad, row_loss, row_lse, row_stats
 from .tiles import (
     RowTerms,
     Sink,
@@ -76,7 +76,7 @@ def forward(
             sums, _ = load_sums(source, t * BLOCK, lanes, group.y, zero + float("-inf"), zero, options, TRAITS, TILING)
             store_sums(shared.parts, group.number * tl.num_programs(1) + t, sums, group.row_mask)
         else:
-            # y's own z and q stand here from the start: every tile is a part that does not hold y.
+            # The row's z_y and q_y stand here from the start, so that no tile need look whether it holds y.
             sums = RowSums(zero + float("-inf"), zero, z_y, q_y, zero, zero, zero, tl.full(r.shape, -1, tl.int32))
             tiles = tl.cdiv(C, BLOCK)
             for t in range(0, tiles):
