@@ -65,33 +65,34 @@ def forward(
         t_at = locate(given.target, given.sizes, group, ALIGN) if TRAITS.PROBS else None
         # Ignored rows are not read, unless rows lie side by side: a mask with gaps would part a wide load.
         source = Source(given, x_at, t_at, group.row_mask if logits.inner is None else group.counted)
-        zero = tl.zeros(r.shape, ACC)
-        z_y, q_y = zero, zero
-        if not TRAITS.PROBS:
-            z_y, q_y = load_y(source, group.y, zero, options)
+        zero, lowest = tl.zeros(r.shape, ACC), tl.full(r.shape, float("-inf"), ACC)
         if PIECES:
+            z_y, q_y = zero, zero
+            if not TRAITS.PROBS:
+                z_y, q_y = load_y(source, group.y, zero, options)
             sums, tiles = load_sums(source, 0, lanes, group.y, z_y, q_y, options, TRAITS, TILING)
         elif TILING.STEP == 1:
             t = tl.program_id(1)
-            sums, _ = load_sums(source, t * BLOCK, lanes, group.y, zero + float("-inf"), zero, options, TRAITS, TILING)
+            sums, _ = load_sums(source, t * BLOCK, lanes, group.y, lowest, zero, options, TRAITS, TILING)
             store_sums(shared.parts, group.number * tl.num_programs(1) + t, sums, group.row_mask)
         else:
-            # The row's z_y and q_y stand here from the start, so that no tile need look whether it holds y.
-            sums = RowSums(zero + float("-inf"), zero, z_y, q_y, zero, zero, zero, tl.full(r.shape, -1, tl.int32))
+            sums = RowSums(lowest, zero, finite(lowest), zero, zero, zero, zero, tl.full(r.shape, -1, tl.int32))
             tiles = tl.cdiv(C, BLOCK)
             for t in range(0, tiles):
                 if TILING.STEP == 2:
                     more = read_sums(shared.parts, group.number * tiles + t, sums, group.row_mask)
                 else:
-                    more, _ = load_sums(
-                        source, t * BLOCK, lanes, group.y, zero + float("-inf"), zero, options, TRAITS, TILING
-                    )
+                    more, _ = load_sums(source, t * BLOCK, lanes, group.y, lowest, zero, options, TRAITS, TILING)
                 sums = combine(sums, more, TRAITS.PROBS, EXACT)
+            if not TRAITS.PROBS:
+                # The tiles need not look which of them holds y: the row itself is the part that does.
+                z_y, q_y = load_y(source, group.y, zero, options)
+                sums = with_y(sums, z_y, q_y)
         if TILING.STEP != 1:
             y = group.y
             if TRAITS.PROBS:
                 y = sums.argmax
-                sums = RowSums(sums.m, sums.so, sums.m, sums.q_y, sums.q_others, sums.q_drop, sums.e_drop, sums.argmax)
+                sums = with_y(sums, sums.m, sums.q_y)  # a row of nothing but -inf is NaN
             once = group.row_mask & (tl.zeros_like(r) + tl.program_id(1) == 0)
             store_rows(out, group, once, sums, y, ratio, options, TRAITS)
             if out.grad.ptr is not None:
@@ -174,6 +175,11 @@ def load_sums(
     if TRAITS.STATS:
         e_drop = tl.sum(sums.e_drop, -1, keep_dims=True)
     return RowSums(m, so, z_y, q_y, q_others, q_drop, e_drop, argmax), held
+
+
+@triton.jit
+def with_y(sums, z_y, q_y):  # (R, 1) each
+    return RowSums(sums.m, sums.so, z_y, q_y, sums.q_others, sums.q_drop, sums.e_drop, sums.argmax)
 
 
 @triton.jit
