@@ -40,7 +40,11 @@ def forward(
     TRAITS: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """Everything of ROWS rows at a time. Fewer programs than rows keep what is read twice in the cache."""
+    """The losses of ROWS rows at a time, and the rest of `Out`.
+
+    A program takes one group of rows after the other: with as many programs as groups, a row that is read twice would
+    have left the cache before its second reading.
+    """
     logits = given.logits
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
     EXACT: tl.constexpr = is_float32(logits.ptr.dtype)
@@ -76,6 +80,7 @@ def forward(
             sums, _ = load_sums(source, t * BLOCK, lanes, group.y, lowest, zero, options, TRAITS, TILING)
             store_sums(shared.parts, group.number * tl.num_programs(1) + t, sums, group.row_mask)
         else:
+            # A part of no class; its z_y as in `load_sums`.
             sums = RowSums(lowest, zero, finite(lowest), zero, zero, zero, zero, tl.full(r.shape, -1, tl.int32))
             tiles = tl.cdiv(C, BLOCK)
             for t in range(0, tiles):
@@ -85,7 +90,7 @@ def forward(
                     more, _ = load_sums(source, t * BLOCK, lanes, group.y, lowest, zero, options, TRAITS, TILING)
                 sums = combine(sums, more, TRAITS.PROBS, EXACT)
             if not TRAITS.PROBS:
-                # The tiles need not look which of them holds y: the row itself is the part that does.
+                # The row knows its y, so that no tile need look whether it holds it.
                 z_y, q_y = load_y(source, group.y, zero, options)
                 sums = with_y(sums, z_y, q_y)
         if TILING.STEP != 1:
@@ -127,10 +132,10 @@ def load_sums(
     TRAITS: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """The RowSums of PIECES tiles, and what to hold of each: x, exp(z - m) and q.
+    """The RowSums of PIECES tiles, and what is held of each for its gradient: x, exp(z - m) and q.
 
-    No PIECES: of one tile, which is read again for its gradient. Under probabilities the largest class is y, and z_y is
-    finite(m): where no class is above -inf, none is left out (argmax -1, q_y 0), and putting it back adds nothing.
+    Without PIECES it is one tile, which is read again for its gradient. Under probabilities the largest class is y, and
+    z_y is finite(m): where no class is above -inf, none is left out (argmax -1, q_y 0), and `put_back` adds nothing.
     """
     logits, C = source.given.logits, options.C
     PIECES: tl.constexpr = TILING.PIECES
@@ -142,7 +147,7 @@ def load_sums(
     tiles, highest, at = (), nothing + float("-inf"), nothing.to(tl.int32) - 1
     for i in tl.static_range(COUNT):
         cols = lanes + (start + i * BLOCK)
-        # All classes of the pieces before the last exist.
+        # Every class of the pieces before the last exists, so their loads need no mask.
         col_mask = cols < C if i == COUNT - 1 else None
         x_at = source.x_at + offset(cols, logits.col, TILING.ALIGN)
         x, z, q = load_tile(source, x_at, cols, col_mask, options, TRAITS.DENSE, TILING.ALIGN, KEEP)
@@ -165,7 +170,7 @@ def load_sums(
     for i in tl.static_range(COUNT):
         x, z, q = tiles[i]
         first = start + i * BLOCK
-        # Not cols == y: that would be kept for the gradient, at the cost of what compares again.
+        # Not cols == y: the compiler would keep it in registers for the gradient, where comparing again is cheaper.
         col_mask, is_y = lanes < C - first, y - lanes == first
         e_c, sums = row_lse(z, q, col_mask, is_y, m, sums, TRAITS.DENSE, TRAITS.STATS, EXACT)
         held += ((x, e_c, q),)  # type: ignore[assignment]
@@ -190,12 +195,12 @@ def store_sums(parts, at, sums, mask):
 
 @triton.jit
 def read_sums(parts, at, like, mask):
-    """The RowSums that `store_sums` left at this place, in the dtypes of others."""
+    """The RowSums that `store_sums` left at this place, in the dtypes of `like`."""
     numbers = ()
     for i in tl.static_range(len(like)):
         value = tl.load(parts + at * len(like) + i, mask=mask, other=0.0)
         numbers += (value.to(like[i].dtype),)  # type: ignore[assignment]
-    return RowSums(*numbers)
+    return RowSums(*numbers)  # type: ignore[call-arg]
 
 
 @triton.jit
