@@ -3,23 +3,20 @@
     python benchmarks/gpu_static.py --json FILE
     python benchmarks/gpu_static.py --target sm_90 --classes 50257,128256 --kernel forward
 
-Nothing is restated: `gpu.forward` and `gpu.backward` run on tensors without memory, and what they would have launched
-goes through Triton's own specialisation to its compiler, and from there to its disassembler. No device is asked.
+Nothing is restated: `launch.forward` and `launch.backward` run on tensors without memory, and what they would have
+launched goes through Triton's own specialisation to its compiler, and from there to its disassembler. No device is
+asked.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
 import itertools
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -28,6 +25,7 @@ from unittest import mock
 
 import torch
 import triton
+from gpu_code import figures_of
 from report import machine
 from rich.box import SIMPLE
 from rich.console import Console
@@ -35,18 +33,18 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fused_ce import gpu, kernels
+from fused_ce.backends.triton import launch as backend
+from fused_ce.backends.triton import plan
+from fused_ce.contract import Call, Upstream
 from fused_ce.options import Options
-from fused_ce.rows import Matrix
 
 CLASSES = (10, 1000, 4096, 32000, 50257, 65537, 128256, 151936, 262144)
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 PLAIN = Options()
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Target(NamedTuple):
-    """A device to compile for, and what `gpu.plan` asks of it."""
+    """A device to compile for, and what `plan.plan` asks of it."""
 
     triton: GPUTarget
     capability: tuple[int, int] | None
@@ -54,8 +52,8 @@ class Target(NamedTuple):
     l2_bytes: int
 
     @property
-    def device(self) -> gpu.Device:
-        return gpu.Device(self.capability, self.multiprocessors, self.l2_bytes, gpu.has_clusters(self.capability))
+    def device(self) -> plan.Device:
+        return plan.Device(self.capability, self.multiprocessors, self.l2_bytes, plan.has_clusters(self.capability))
 
 
 TARGETS = {
@@ -92,19 +90,16 @@ class Launch(NamedTuple):
     @property
     def passes(self) -> tuple[int, int]:
         """How often the logits are read and something of their size written."""
-        if self.kernel in ("backward", "rescale"):
+        if self.kernel in ("backward", "rescale_grad"):
             return 1, 1
         if self.kernel != "forward":
             return 0, 0
-        written = sum(isinstance(argument, Matrix) and argument.ptr is not None for argument in self.args[1:])
-        if self.meta["STEP"]:  # a row shared between programs: its sums, then the rest
-            return (1, 0) if self.meta["STEP"] == 1 else (written, written)
-        return (2 if written and walked(self.meta) else 1), written
-
-
-def walked(meta: dict[str, Any]) -> bool:
-    """Whether the gradient takes a second reading: rows are not held in registers, or are cut elsewhere to store it."""
-    return meta["PIECES"] == 0 or meta["VECTOR"] > 1
+        written, tiling = int(self.args[2].grad.ptr is not None), self.meta["TILING"]
+        if tiling.STEP:  # a row shared between programs: its sums, then the rest
+            return (1, 0) if tiling.STEP == 1 else (written, written)
+        # Rows that are not held in registers, or are cut elsewhere to store their gradient, are read for it again.
+        again = tiling.PIECES == 0 or tiling.VECTOR > 1
+        return (2 if written and again else 1), written
 
 
 def launches(N: int, C: int, dtype: torch.dtype, target: Target, options: Options = PLAIN) -> Iterator[Launch]:
@@ -117,11 +112,12 @@ def launches(N: int, C: int, dtype: torch.dtype, target: Target, options: Option
     def launch(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         found.append((kernel, grid, args, meta))
 
-    with mock.patch.object(gpu, "_launch", launch), mock.patch.object(gpu, "device", return_value=target.device):
+    call = Call(input, labels, None, options)
+    with mock.patch.object(backend, "_launch", launch), mock.patch.object(plan, "device", return_value=target.device):
         for schedule in ("loss", "fused", "recompute"):
-            _, grad, stats, _ = gpu.forward(input, labels, None, options, schedule)
+            done = backend.forward(call, schedule)
             if schedule != "loss":
-                gpu.backward(upstream, None, input, labels, None, options, grad, stats, False, False)
+                backend.backward(call, done.grad, done.saved, Upstream(upstream), False, False)
             yield from (Launch(schedule, *each) for each in found)
             found.clear()
 
@@ -129,87 +125,8 @@ def launches(N: int, C: int, dtype: torch.dtype, target: Target, options: Option
 def compiled(launch: Launch, target: Target, **more: Any) -> Any:
     """Triton's compiled kernel."""
     driver.set_active(Driver(target.triton))
-    kernel = getattr(kernels, launch.kernel)
+    kernel = backend._kernels()[launch.kernel]
     return kernel.warmup(*launch.args, grid=launch.grid, **launch.meta, enable_fp_fusion=True, **more)
-
-
-class Code(NamedTuple):
-    """A kernel in the device's own instructions."""
-
-    regs: int
-    spill: int
-    lines: list[str]
-
-    @property
-    def regions(self) -> list[list[str]]:
-        """What is outside of the loops that hold no other, and each of these."""
-        labels = {match[1]: i for i, line in enumerate(self.lines) if (match := re.match(LABEL, line))}
-        branches = ((i, match) for i, line in enumerate(self.lines) if (match := re.search(BRANCH, line)))
-        loops = {(labels[to[1]], i) for i, to in branches if labels.get(to[1], i) < i}
-        inner = sorted((a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops))
-        outside = [line for i, line in enumerate(self.lines) if not any(a <= i < b for a, b in inner)]
-        return [outside, *(self.lines[a:b] for a, b in inner)]
-
-    @property
-    def inner_spill(self) -> int:
-        """Spills that every tile of classes pays for, not just every row."""
-        return sum(len(re.findall(SPILL, "\n".join(region))) for region in self.regions[1:] or self.regions)
-
-    def per_logit(self, itemsize: int) -> dict[str, float]:
-        """Exponentials and instructions of a lane for each logit: the sums over all places that read them."""
-        exps = instructions = 0.0
-        for i, lines in enumerate(self.regions):
-            region = count(lines)
-            loaded = max((int(bits) * number for bits, number in region["ldg"].items()), default=0)
-            few = i == 0 and region["ex2"] < 8  # of the row, whose classes are gone through elsewhere
-            if loaded and not few:
-                exps += region["ex2"] * itemsize * 8 / loaded
-                instructions += sum(bool(re.search(ADDRESS, line)) for line in lines) * itemsize * 8 / loaded
-        return {"exps": round(exps, 2), "instructions": round(instructions, 1)}
-
-
-def disassembled(kernel: Any) -> Code:
-    if "amdgcn" in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        regs, spill = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
-        return Code(regs, spill, text.splitlines())
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, text = (
-            subprocess.run([TOOLS / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    return Code(int(re.search(r"\bREG:(\d+)", usage)[1]), len(re.findall(SPILL, text)), text.splitlines())
-
-
-INSTRUCTIONS = {
-    "ldg": r"\bLDG(?:STS)?\.E[.\w]*|\b(?:global|buffer|flat)_load_\w+",
-    "stg": r"\bSTG\.E[.\w]*|\b(?:global|buffer|flat)_store_\w+",
-    "ex2": r"\bMUFU\.EX2\b|\bv_exp_f32",
-    "barriers": r"\bBAR\.SYNC|\bBAR\.RED|\bUCGABAR_WAIT|\bs_barrier",
-}
-LABEL, BRANCH, SPILL = r"^(\.L[\w.]+):", r"\bBRA\b.*`\((\.L[\w.]+)\)", r"\b(?:LDL|STL)\b"  # NVIDIA's
-ADDRESS = r"/\*[0-9a-f]{4,}\*/"
-
-
-def width(instruction: str) -> int:
-    """How many bits one lane moves."""
-    for bits, names in ((256, ".256"), (128, ".128 dwordx4"), (96, "dwordx3"), (64, ".64 dwordx2"), (32, "dword")):
-        if any(name in instruction for name in names.split()):
-            return bits
-    if re.search(r"\.[US]16|short", instruction):
-        return 16
-    return 8 if re.search(r"\.[US]8|byte", instruction) else 32
-
-
-def count(lines: list[str]) -> dict[str, Any]:
-    text = "\n".join(lines)
-    found: dict[str, Any] = {name: re.findall(pattern, text) for name, pattern in INSTRUCTIONS.items()}
-    for name in ("ldg", "stg"):
-        widths = collections.Counter(map(width, found[name]))
-        found[name] = {str(bits): widths[bits] for bits in sorted(widths, reverse=True)}
-    return found | {name: len(found[name]) for name in ("ex2", "barriers")}
 
 
 @functools.cache
@@ -231,7 +148,7 @@ def row(launch: Launch, target: str, dtype: str, N: int, V: int) -> dict[str, An
         "target": target,
         "dtype": dtype,
         "N": N,
-        "V": V if "ROWS" in launch.meta else None,  # the others do not know of it
+        "V": V if "TILING" in launch.meta else None,  # the others do not know of it
         "num_warps": num_warps,
         "num_ctas": launch.meta.get("num_ctas", 1),
         **figures,
@@ -240,24 +157,9 @@ def row(launch: Launch, target: str, dtype: str, N: int, V: int) -> dict[str, An
         "resident_warps": resident_warps(figures["regs"], num_warps, target),
         "shared": kernel.metadata.shared,
         "grid": launch.grid,
-        "meta": launch.meta,
+        "meta": {name: value._asdict() if isinstance(value, tuple) else value for name, value in launch.meta.items()},
         "hash": kernel.hash,
     }
-
-
-FIGURES: dict[str, dict[str, Any]] = {}
-
-
-def figures_of(kernel: Any, itemsize: int) -> dict[str, Any]:
-    if kernel.hash not in FIGURES:
-        code = disassembled(kernel)
-        figures = {"regs": code.regs, "spill": code.spill, **count(code.lines)}
-        # Not of AMD's code, whose loops are no stretches of lines.
-        inner = {"inner_spill": code.spill, "exps": None, "instructions": None}
-        if "cubin" in kernel.asm:
-            inner = {"inner_spill": code.inner_spill, **code.per_logit(itemsize)}
-        FIGURES[kernel.hash] = figures | inner
-    return FIGURES[kernel.hash]
 
 
 def rows_of(job: tuple[str, str, int], N: int, names: list[str]) -> list[dict[str, Any]]:
@@ -309,7 +211,7 @@ def parse() -> argparse.Namespace:
     about, _, epilog = __doc__.partition("\n")
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=epilog, formatter_class=form)
-    every = ["forward", "backward", "rescale", "prepare", "total"]
+    every = ["forward", "backward", "rescale_grad", "prepare", "total"]
     parser.add_argument("--kernel", type=names, default=every, help=f"of {', '.join(every)}, with commas")
     parser.add_argument("--target", type=names, default=list(TARGETS), help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--dtype", type=names, default=list(DTYPES), help=f"of {', '.join(DTYPES)}")

@@ -121,7 +121,8 @@ def test_logits_are_read_once_where_a_row_fits(report: dict[str, Any], rows: Row
 SCRIPT = """
 import json
 import torch
-from gpu_static import TARGETS, compiled, figures_of, launches
+from gpu_code import figures_of
+from gpu_static import TARGETS, compiled, launches
 from fused_ce.options import Options
 
 def forward(**options):

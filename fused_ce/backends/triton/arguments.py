@@ -1,4 +1,4 @@
-"""What the kernels are handed, in groups: each is one argument, and its fields that are None are settled when compiling.
+"""What the kernels are handed, in groups: one argument each. Which fields are None is settled when compiling.
 
 Triton compiles again for every integer of a tuple that becomes 1 or a multiple of 16, and takes a number of a tuple in
 float32: the sizes that change from call to call, and e, k, s and L, are arguments of their own.

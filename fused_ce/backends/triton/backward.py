@@ -34,7 +34,10 @@ def backward(
     TRAITS: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """The gradients of ROWS rows at a time. A program takes many: leaving early must not cost N launches."""
+    """The gradients of ROWS rows at a time.
+
+    A program takes many groups of rows: where the upstream gradient is the expected one, few programs start and leave.
+    """
     logits, saved = given.logits, received.saved
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
     ALIGN: tl.constexpr = TILING.ALIGN

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...contract import RowSums
 from .arguments import Grads
-from .formula import LaneSums, Options, combine, finite, grad_factors, minus_m, row_grad, row_loss, row_lse, row_stats
+from .formula import LaneSums, Options, combine, finite, grad_factors, row_grad, row_loss, row_lse, row_stats
 from .tiles import (
     RowTerms,
     Sink,
@@ -40,7 +40,11 @@ def forward(
     TRAITS: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """Everything of ROWS rows at a time. Fewer programs than rows keep what is read twice in the cache."""
+    """The losses of ROWS rows at a time, and the rest of `Out`.
+
+    A program takes one group of rows after the other: with as many programs as groups, a row that is read twice would
+    have left the cache before its second reading.
+    """
     logits = given.logits
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
     EXACT: tl.constexpr = is_float32(logits.ptr.dtype)
@@ -65,33 +69,35 @@ def forward(
         t_at = locate(given.target, given.sizes, group, ALIGN) if TRAITS.PROBS else None
         # Ignored rows are not read, unless rows lie side by side: a mask with gaps would part a wide load.
         source = Source(given, x_at, t_at, group.row_mask if logits.inner is None else group.counted)
-        zero = tl.zeros(r.shape, ACC)
-        z_y, q_y = zero, zero
-        if not TRAITS.PROBS:
-            z_y, q_y = load_y(source, group.y, zero, options)
+        zero, lowest = tl.zeros(r.shape, ACC), tl.full(r.shape, float("-inf"), ACC)
         if PIECES:
+            z_y, q_y = zero, zero
+            if not TRAITS.PROBS:
+                z_y, q_y = load_y(source, group.y, zero, options)
             sums, tiles = load_sums(source, 0, lanes, group.y, z_y, q_y, options, TRAITS, TILING)
         elif TILING.STEP == 1:
             t = tl.program_id(1)
-            sums, _ = load_sums(source, t * BLOCK, lanes, group.y, zero + float("-inf"), zero, options, TRAITS, TILING)
+            sums, _ = load_sums(source, t * BLOCK, lanes, group.y, lowest, zero, options, TRAITS, TILING)
             store_sums(shared.parts, group.number * tl.num_programs(1) + t, sums, group.row_mask)
         else:
-            # y's own z and q stand here from the start: every tile is a part that does not hold y.
-            sums = RowSums(zero + float("-inf"), zero, z_y, q_y, zero, zero, zero, tl.full(r.shape, -1, tl.int32))
+            # A part of no class; its z_y as in `load_sums`.
+            sums = RowSums(lowest, zero, finite(lowest), zero, zero, zero, zero, tl.full(r.shape, -1, tl.int32))
             tiles = tl.cdiv(C, BLOCK)
             for t in range(0, tiles):
                 if TILING.STEP == 2:
                     more = read_sums(shared.parts, group.number * tiles + t, sums, group.row_mask)
                 else:
-                    more, _ = load_sums(
-                        source, t * BLOCK, lanes, group.y, zero + float("-inf"), zero, options, TRAITS, TILING
-                    )
+                    more, _ = load_sums(source, t * BLOCK, lanes, group.y, lowest, zero, options, TRAITS, TILING)
                 sums = combine(sums, more, TRAITS.PROBS, EXACT)
+            if not TRAITS.PROBS:
+                # The row knows its y, so that no tile need look whether it holds it.
+                z_y, q_y = load_y(source, group.y, zero, options)
+                sums = with_y(sums, z_y, q_y)
         if TILING.STEP != 1:
             y = group.y
             if TRAITS.PROBS:
                 y = sums.argmax
-                sums = RowSums(sums.m, sums.so, sums.m, sums.q_y, sums.q_others, sums.q_drop, sums.e_drop, sums.argmax)
+                sums = with_y(sums, sums.m, sums.q_y)  # a row of nothing but -inf is NaN
             once = group.row_mask & (tl.zeros_like(r) + tl.program_id(1) == 0)
             store_rows(out, group, once, sums, y, ratio, options, TRAITS)
             if out.grad.ptr is not None:
@@ -126,10 +132,10 @@ def load_sums(
     TRAITS: tl.constexpr,
     TILING: tl.constexpr,
 ):
-    """The RowSums of PIECES tiles, and what to hold of each: x, exp(z - m) and q.
+    """The RowSums of PIECES tiles, and what is held of each for its gradient: x, exp(z - m) and q.
 
-    No PIECES: of one tile, which is read again for its gradient. Under probabilities the largest class is y, and z_y is
-    finite(m): where no class is above -inf, none is left out (argmax -1, q_y 0), and putting it back adds nothing.
+    Without PIECES it is one tile, which is read again for its gradient. Under probabilities the largest class is y, and
+    z_y is finite(m): where no class is above -inf, none is left out (argmax -1, q_y 0), and `put_back` adds nothing.
     """
     logits, C = source.given.logits, options.C
     PIECES: tl.constexpr = TILING.PIECES
@@ -141,7 +147,7 @@ def load_sums(
     tiles, highest, at = (), nothing + float("-inf"), nothing.to(tl.int32) - 1
     for i in tl.static_range(COUNT):
         cols = lanes + (start + i * BLOCK)
-        # All classes of the pieces before the last exist.
+        # Every class of the pieces before the last exists, so their loads need no mask.
         col_mask = cols < C if i == COUNT - 1 else None
         x_at = source.x_at + offset(cols, logits.col, TILING.ALIGN)
         x, z, q = load_tile(source, x_at, cols, col_mask, options, TRAITS.DENSE, TILING.ALIGN, KEEP)
@@ -164,7 +170,7 @@ def load_sums(
     for i in tl.static_range(COUNT):
         x, z, q = tiles[i]
         first = start + i * BLOCK
-        # Not cols == y: that would be kept for the gradient, at the cost of what compares again.
+        # Not cols == y: the compiler would keep it in registers for the gradient, where comparing again is cheaper.
         col_mask, is_y = lanes < C - first, y - lanes == first
         e_c, sums = row_lse(z, q, col_mask, is_y, m, sums, TRAITS.DENSE, TRAITS.STATS, EXACT)
         held += ((x, e_c, q),)  # type: ignore[assignment]
@@ -177,6 +183,11 @@ def load_sums(
 
 
 @triton.jit
+def with_y(sums, z_y, q_y):  # (R, 1) each
+    return RowSums(sums.m, sums.so, z_y, q_y, sums.q_others, sums.q_drop, sums.e_drop, sums.argmax)
+
+
+@triton.jit
 def store_sums(parts, at, sums, mask):
     for i in tl.static_range(len(sums)):
         tl.store(parts + at * len(sums) + i, sums[i].to(tl.float64), mask=mask)
@@ -184,7 +195,7 @@ def store_sums(parts, at, sums, mask):
 
 @triton.jit
 def read_sums(parts, at, like, mask):
-    """The RowSums that `store_sums` left at this place, in the dtypes of others."""
+    """The RowSums that `store_sums` left at this place, in the dtypes of `like`."""
     numbers = ()
     for i in tl.static_range(len(like)):
         value = tl.load(parts + at * len(like) + i, mask=mask, other=0.0)

@@ -68,8 +68,8 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
-    """See `contract.Backend`; a float32 or float64 fused gradient needs nothing saved unless lse may have a gradient."""
-    input, target, weight, options = call
+    """See `contract.Backend`; a fused gradient of 32 bits or more saves nothing, unless lse may get a gradient."""
+    input, target, _, options = call
     shape, acc, dtype = call.row_shape, call.acc, options.dtype or input.dtype
     none, fused = options.reduction == "none", schedule == "fused"
     loss = input.new_empty(shape, dtype=dtype if none else acc)

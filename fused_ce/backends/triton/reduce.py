@@ -40,7 +40,7 @@ def total(terms, norm, out, N, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def rescale_grad(grad, upstream, expected, out, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """out = grad * upstream / expected, both (n,); in place, the expected gradient costs one read of it."""
+    """out = grad * upstream / expected, both (n,); in place, nothing is left to do for the expected gradient."""
     g = tl.load(upstream).to(tl.float64) / load_scalar(expected, 0, tl.float64)
     if IN_PLACE:
         if g == 1.0:

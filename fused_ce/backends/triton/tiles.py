@@ -152,7 +152,7 @@ def load_tile(
     options,
     DENSE: tl.constexpr,
     ALIGN: tl.constexpr,
-    KEEP: tl.constexpr,  # how long in the cache
+    KEEP: tl.constexpr,  # eviction policy: how long it stays in the cache
 ):
     """x, z and q of one tile, (R, B); q without the share of a class index."""
     logits, target, weight = source.given.logits, source.given.target, source.given.weight
@@ -210,10 +210,11 @@ def store_grads(
 
 @triton.jit
 def sweep(source, sink, group, terms, options, lanes, DENSE: tl.constexpr, TILING: tl.constexpr):
-    """This program's share of the gradients of whole rows, from the end: what was read last is still in the cache.
+    """Store this program's share of the gradients of whole rows, last tile first: it may still be in the cache.
 
-    Rows that begin anywhere (VECTOR > 1) are cut at the boundaries of VECTOR values in memory, which then move as
-    one; what is left at both edges moves apart. SAME: the logits are cut where the gradient is.
+    Rows that begin anywhere (VECTOR > 1) are cut where VECTOR values of the gradient fill 16 bytes of memory, so that
+    one instruction stores them; the few values at both edges are stored on their own. SAME: the logits are cut at the
+    same places.
     """
     C, x_col, dx_col = options.C, source.given.logits.col, sink.grads.input.col
     x_at, dx_at = source.x_at, sink.dx_at
@@ -227,7 +228,7 @@ def sweep(source, sink, group, terms, options, lanes, DENSE: tl.constexpr, TILIN
             x, dx = x_at + offset(cols, x_col, ALIGN), dx_at + offset(cols, dx_col, ALIGN)
             store_grads(source, sink, x, dx, cols, cols < C, group, terms, options, DENSE, ALIGN)
     else:
-        before = (dx_at % VECTOR).to(tl.int32)  # values between the boundary and the row
+        before = (dx_at % VECTOR).to(tl.int32)  # values between the last such place and the row
         whole = (C + before) // VECTOR
         x_cut, cut = x_at // VECTOR * VECTOR if TILING.SAME else x_at - before, dx_at // VECTOR * VECTOR
         for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
