@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +25,7 @@ if INTERPRET:
     # Read where triton is imported, and by launch.py. Only tests that ask for Triton see it again: an ordinary call on
     # the CPU does not know of the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
-    for _path in Path(launch.__file__).parent.glob("*.py"):
-        if _path.stem != "__init__":
-            import_module(f"fused_ce.backends.triton.{_path.stem}")
+    launch._kernels()
     import_module("row_sums_kernel")
     del os.environ["TRITON_INTERPRET"]
 
