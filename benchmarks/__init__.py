@@ -1,4 +1,4 @@
-"""For `python -m benchmarks.NAME`: the files import each other by name, as they do under `python benchmarks/NAME.py`."""
+"""For `python -m benchmarks.NAME`: its files import each other by name, as under `python benchmarks/NAME.py`."""
 
 import sys
 from pathlib import Path

@@ -87,7 +87,8 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    here = str(Path(__file__).parent)
+    """Of the fused_ce that was imported, which need not be the one beside this file."""
+    here = str(Path(cpu.__file__).parent)
     described = output("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return described or os.environ.get("COMMIT", "none")
 
