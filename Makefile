@@ -1,16 +1,20 @@
-# make demo | test | bench | lint | format | clean. The environment in .venv is made on the first call.
+# make demo | test | quick | bench | lint | format | clean. The environment in .venv is made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test quick bench lint format build clean
 
 demo: build
 	$(BIN)/python examples/mnist_from_scratch.py $(ARGS)
 
 test: build
 	$(BIN)/pytest $(ARGS)
+
+# The edit loop: the contract of the C++ and reference backends.
+quick: build
+	$(BIN)/pytest tests/test_backends.py tests/test_reference.py tests/test_row_sums.py -k "not triton" $(ARGS)
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)

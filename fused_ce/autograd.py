@@ -72,9 +72,7 @@ class CrossEntropy(torch.autograd.Function):
         keep = _torch.keeps_graph()
         unchanged = _torch.version(call.input) == ctx.version
         # create_graph=True, or a vmap over upstream gradients: only differentiable operators will do.
-        composite = torch.is_grad_enabled() or any(
-            _torch.is_batched(given) for given in (grad_output, g_lse) if given is not None
-        )
+        composite = torch.is_grad_enabled() or _torch.is_batched(grad_output) or _torch.is_batched(g_lse)
         if g_lse is not None:
             grad = None  # it was made for an lse without an upstream gradient
         if not unchanged and (composite or grad is None):
@@ -103,8 +101,11 @@ class CrossEntropy(torch.autograd.Function):
 
 def _frozen(options: Options) -> Options:
     """Backward reads these tensors again; a loss scaler may have changed its scale in place by then."""
-    tensors = {name: getattr(options, name) for name in ("num_items", "grad_scale")}
-    return options._replace(**{name: t.detach().clone() for name, t in tensors.items() if isinstance(t, Tensor)})
+    num_items, grad_scale = (
+        value.detach().clone() if isinstance(value, Tensor) else value
+        for value in (options.num_items, options.grad_scale)
+    )
+    return options._replace(num_items=num_items, grad_scale=grad_scale)
 
 
 def _differentiable(

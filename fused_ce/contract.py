@@ -1,4 +1,4 @@
-"""What passes between a user's call and a backend: the same few types for every backend, and the Protocol it answers to.
+"""What passes between a user's call and a backend, in types, and the Protocol that every backend answers to.
 
 Letters and formulas stand in `formula.py`. R: the rows of a call, (N, d1..dk) of logits (N, C, d1..dk).
 """
@@ -18,7 +18,7 @@ Schedule = Literal["loss", "fused", "recompute"]
 
 
 class Call(NamedTuple):
-    """One call as a backend sees it: shapes and dtypes are judged, `options.dtype` is the loss's (None: the input's)."""
+    """One call as a backend sees it, its shapes judged; `options.dtype` is that of the loss (None: the input's)."""
 
     input: Tensor  # (N, C, d1..dk) or (C), the logits
     target: Tensor  # (N, d1..dk) or () class indices, or probabilities of the input's shape
@@ -87,7 +87,7 @@ class RowSums(NamedTuple):
 
 
 class Backend(Protocol):
-    """An implementation: a module with these five functions (or an object with these methods), in `backends.dispatch`."""
+    """An implementation: a module with these functions, or an object with these methods, in `dispatch.BACKENDS`."""
 
     def unsupported(self, call: Call) -> list[str]:
         """Why it cannot take the call, in words; empty where it can."""

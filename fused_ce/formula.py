@@ -101,7 +101,7 @@ def row_lse(
 
 
 def combine(a: RowSums, b: RowSums, probs: bool = False) -> RowSums:
-    """The sums of two parts of a row, the first before the second; `probs`: each left out a largest class of its own."""
+    """The sums of two parts of a row, in order; `probs`: each left out its own largest class rather than a common y."""
     higher, m = b.m > a.m, torch.maximum(a.m, b.m)
     if probs:
         a, b = put_back(a, higher), put_back(b, ~higher)
@@ -276,7 +276,8 @@ def composite(call: Call) -> tuple[Tensor, Stats | None]:
     promoted = torch.promote_types(input.dtype, target.dtype) if target.shape == input.shape else input.dtype
     stats = None
     if options.return_stats:
-        found = row_stats(rows.sums, options)
-        found = Stats(*(torch.where(counted, value, -1 if value is found.argmax else 0).reshape(shape) for value in found))
-        stats = found._replace(z_loss=found.z_loss.detach(), entropy=found.entropy.detach())
+        lse, z_loss, argmax, entropy = row_stats(rows.sums, options)
+        lse, z_loss, entropy = (torch.where(counted, value, 0) for value in (lse, z_loss.detach(), entropy.detach()))
+        argmax = torch.where(counted, argmax, -1)
+        stats = Stats(*(value.reshape(shape) for value in (lse, z_loss, argmax, entropy)))
     return total.to(options.dtype or promoted), stats

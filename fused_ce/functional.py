@@ -127,14 +127,13 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, Stats | None]:
     call, chosen = gate.judge(call, backend)
     if chosen is None:
         return gate.composite(call)
-    input, target, weight, options = call
-    wants_grad = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+    wants_grad = torch.is_grad_enabled() and (call.input.requires_grad or call.target.requires_grad)
     if torch.compiler.is_compiling():
         return ops.traced(call, backend, wants_grad)
     if not wants_grad:
         result = chosen.forward(call, "loss")
         return result.loss, result.stats
-    if options.inplace:
+    if call.options.inplace:
         gate.check_inplace(call)
     return with_gradient(call, chosen, gate.again)
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .backends import dispatch, reference
+from .backends import dispatch
 from .contract import Backend, Call, Stats, Upstream
 from .options import Options
 
@@ -59,7 +59,7 @@ def _chosen(input: Tensor, target: Tensor, weight: Tensor | None, fields: Sequen
     """The call and its backend, from the operators' arguments."""
     *options, backend = fields
     call = Call(input, target, weight, Options(*options))
-    return call, dispatch.choose(call, backend) or reference
+    return call, dispatch.choose(call, backend) or dispatch.BACKENDS["reference"]
 
 
 def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

@@ -33,7 +33,7 @@ class Case:
     weight: Callable[[int], Tensor] | None = None  # of C
     layout: Callable[[Tensor], Tensor] = lambda x: x  # other strides
     options: dict[str, Any] = field(default_factory=dict)
-    may_decline: tuple[str, ...] = ()  # backends that need not take it
+    declined_by: tuple[str, ...] = ()  # backends that do not take it; all others do
 
     def __str__(self) -> str:
         return self.id
@@ -121,7 +121,6 @@ OPTIONS = {
     "grad-scale": {"grad_scale": 1024.0},
     "everything": EVERYTHING,
 }
-TRITON = ("triton",)  # what its kernels do not take yet
 LAYOUTS = {
     "padded": padded,
     "misaligned": misaligned,
@@ -181,11 +180,9 @@ def _cases() -> Iterator[Case]:
         for C in (1999, 30000):
             yield Case(f"equal-logits-{C}-{e}", C=C, logits=lambda x, y: x * 0 + 1, options={"label_smoothing": e})
     for name, options in OPTIONS.items():
-        may_decline = TRITON if name == "grad-scale" else ()
         for dtype in (f32, f64, bf16, f16) if name in ("everything", "softcap-2") else (f32, bf16):
-            yield Case(f"{name}-{str(dtype)[6:]}", C=100, dtype=dtype, options=options, may_decline=may_decline)
-        ignored = {"weight": ramp, "target": ignore(0), "may_decline": may_decline}
-        yield Case(f"{name}-weight-ignore", C=33, options=options, **ignored)
+            yield Case(f"{name}-{str(dtype)[6:]}", C=100, dtype=dtype, options=options)
+        yield Case(f"{name}-weight-ignore", C=33, options=options, weight=ramp, target=ignore(0))
     for reduction in ("none", "sum", "mean"):
         for dtype in (f32, f64, bf16, f16):
             options = {"reduction": reduction}
@@ -237,47 +234,58 @@ def _cases() -> Iterator[Case]:
     yield Case("plus-1e4", C=1000, logits=lambda x, y: x + 1e4)
     yield Case("up-to-1e4", C=1000, dtype=bf16, logits=lambda x, y: x * 3e3)
     yield Case("f16-sum-above-65504", N=300, C=4, dtype=f16, logits=lambda x, y: x.scatter(1, y[:, None], -300.0))
+    yield from _declined()
     yield from _pixels()
     yield from _probabilities()
+
+
+def _declined() -> Iterator[Case]:
+    """What a backend does not take, beside a neighbour that it does."""
+    for pixels, by in (((1, 2, 1, 1, 2, 1), ()), ((1, 2, 1, 1, 2, 1, 1), ("cpu",))):
+        yield Case(f"pixels-of-{2 + len(pixels)}-dimensions", N=2, C=5, pixels=pixels, declined_by=by)
+    kernels = ("cpu", "triton")
+    for dtype in (f32, bf16):
+        yield Case(f"float64-loss-{str(dtype)[6:]}", dtype=dtype, options={"dtype": f64}, declined_by=kernels)
+    yield Case("float64-loss-float64", dtype=f64, options={"dtype": f64})
 
 
 def _pixels() -> Iterator[Case]:
     for pixels in PIXELS:
         for dtype in (f32, f64, bf16, f16):
-            yield Case(f"pixels-{pixels}-{str(dtype)[6:]}", N=2, C=17, pixels=pixels, dtype=dtype, may_decline=TRITON)
-        shape = {"N": 2, "pixels": pixels, "weight": ramp, "may_decline": TRITON}
+            yield Case(f"pixels-{pixels}-{str(dtype)[6:]}", N=2, C=17, pixels=pixels, dtype=dtype)
+        shape = {"N": 2, "pixels": pixels, "weight": ramp}
         yield Case(f"pixels-{pixels}-everything", C=5, options=EVERYTHING, target=ignore(1), **shape)
         yield Case(f"pixels-{pixels}-none", C=130, options=EVERYTHING | {"reduction": "none"}, **shape)
     for name, layout in PIXEL_LAYOUTS.items():
         for C, probs in ((19, None), (1030, None), (19, f32)):
             target = f"{C}-probabilities" if probs else C
-            shape = {"N": 2, "C": C, "pixels": (3, 5), "probs": probs, "may_decline": TRITON}
+            shape = {"N": 2, "C": C, "pixels": (3, 5), "probs": probs}
             yield Case(f"pixels-layout-{name}-{target}", layout=layout, **shape)
     for value in (nan, inf, -inf):
-        row = {"logits": set_at(1, value), "target": ignore(1), "may_decline": TRITON}
+        row = {"logits": set_at(1, value), "target": ignore(1)}
         yield Case(f"pixels-ignored-{value}", N=2, pixels=(3,), options={"reduction": "none"}, **row)
-    yield Case("no-pixels", pixels=(0,), may_decline=TRITON)
+    yield Case("no-pixels", pixels=(0,))
 
 
 def _probabilities() -> Iterator[Case]:
     for C in (1, 2, 17, 64, 100, 1025, 4097):
-        yield Case(f"probabilities-C{C}", C=C, probs=f32, may_decline=TRITON)
+        yield Case(f"probabilities-C{C}", C=C, probs=f32)
     for name, options in OPTIONS.items():
-        yield Case(f"probabilities-{name}", C=33, probs=f32, options=options, weight=ramp, may_decline=TRITON)
+        yield Case(f"probabilities-{name}", C=33, probs=f32, options=options, weight=ramp)
     for dtype in (f32, f64, bf16, f16):
         for probs in (f32, f64, bf16, f16):
             options = {"dtype": torch.promote_types(dtype, probs)}
             name = f"probabilities-{str(dtype)[6:]}-{str(probs)[6:]}"
-            yield Case(name, C=33, dtype=dtype, probs=probs, options=options, may_decline=TRITON)
+            yield Case(name, C=33, dtype=dtype, probs=probs, options=options)
     for reduction in ("none", "sum"):
         options = {"reduction": reduction}
-        yield Case(f"probabilities-{reduction}", C=33, probs=f32, options=options, may_decline=TRITON)
-    yield Case("probabilities-pixels", N=2, C=33, pixels=(7, 3), probs=f32, options=EVERYTHING, may_decline=TRITON)
+        yield Case(f"probabilities-{reduction}", C=33, probs=f32, options=options)
+    yield Case("probabilities-pixels", N=2, C=33, pixels=(7, 3), probs=f32, options=EVERYTHING)
     for name, logits in NON_FINITE.items():
         options = {"reduction": "none"}
-        yield Case(f"probabilities-{name}", C=3, probs=f32, logits=logits, options=options, may_decline=TRITON)
+        yield Case(f"probabilities-{name}", C=3, probs=f32, logits=logits, options=options)
     for margin in (5, 20, 60):
-        yield Case(f"probabilities-margin-{margin}", C=33, probs=f32, logits=confident(margin), may_decline=TRITON)
+        yield Case(f"probabilities-margin-{margin}", C=33, probs=f32, logits=confident(margin))
 
 
 CASES = list(_cases())

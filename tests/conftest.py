@@ -23,17 +23,21 @@ ISAS = _C.isa_names() if _C else []
 HAS_TRITON = find_spec("triton") is not None
 INTERPRET = HAS_TRITON and not torch.cuda.is_available()
 if INTERPRET:
-    # Read where triton is imported, and by launch.py. Only tests that ask for Triton see it again: an ordinary call on the
-    # CPU does not know of the interpreter.
+    # Read where triton is imported, and by launch.py. Only tests that ask for Triton see it again: an ordinary call on
+    # the CPU does not know of the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
     for _path in Path(launch.__file__).parent.glob("*.py"):
-        _path.stem == "__init__" or import_module(f"fused_ce.backends.triton.{_path.stem}")
+        if _path.stem != "__init__":
+            import_module(f"fused_ce.backends.triton.{_path.stem}")
     del os.environ["TRITON_INTERPRET"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # torch's own, when forward-mode differentiation is first used.
-    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script:DeprecationWarning")
+    # torch's own: when forward-mode differentiation is first used (a FutureWarning from 2.14 on), and in opcheck.
+    for name in ("DeprecationWarning", "FutureWarning"):
+        for function in ("script", "trace"):
+            config.addinivalue_line("filterwarnings", f"ignore:.torch.jit.{function}:{name}")
+    config.addinivalue_line("filterwarnings", r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 class Backend(NamedTuple):

@@ -114,13 +114,17 @@ def test_ignored_rows_stay_zero_in_every_order(value: float, keywords: dict[str,
     same(*results)
 
 
-def test_upstream_gradients_and_weights_with_the_negative_bit() -> None:
+@pytest.mark.parametrize("negative", [("weight",), ("upstream",), ("weight", "upstream")], ids="-".join)
+def test_the_negative_bit(negative: tuple[str, ...]) -> None:
+    # One at a time too: a sign lost in both would not be seen.
+    weight = torch._neg_view(w()) if "weight" in negative else w()
+    upstream = torch._neg_view(x(4)) if "upstream" in negative else x(4)
     results = []
     for function in (cross_entropy, F.cross_entropy):
-        input = leaf()
-        loss = function(input, TARGET, torch._neg_view(w()), reduction="none")
-        results.append(torch.autograd.grad(loss, input, torch._neg_view(x(4))))
-    same(*results)
+        input = x(4, 5).requires_grad_()
+        loss = function(input, TARGET, weight, reduction="none")
+        results.append((loss.detach(), *torch.autograd.grad(loss, input, upstream)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
 
 
 def test_logits_of_inference_mode() -> None:

@@ -12,7 +12,9 @@ from cases import Case, ignore, ramp, rows_apart
 from judge import check, check_grad, expected_of
 from torch import Tensor
 
-from fused_ce import cross_entropy, gpu
+from fused_ce import cross_entropy
+from fused_ce.backends.triton import launch
+from fused_ce.contract import Upstream
 
 if not torch.cuda.is_available():
     pytest.skip("torch finds no CUDA device (tests/test_gpu.py interprets the kernels)", allow_module_level=True)
@@ -52,12 +54,12 @@ def test_real_sizes(C: int, dtype: torch.dtype, layout: str) -> None:
     case = Case(f"real-{C}-{dtype}", N=5, C=C, dtype=dtype, target=ignore(1), layout=layouts[layout])
     call = case.build("cuda")
     exact_loss, exact_grad = expected_of(case)
-    loss, grad, _, _ = gpu.forward(call, "fused")
+    loss, grad, _, _ = launch.forward(call, "fused")
     check(loss, exact_loss)
     check_grad(grad, call, exact_grad)
-    loss, _, stats, _ = gpu.forward(call, "recompute")
+    loss, _, stats, _ = launch.forward(call, "recompute")
     check(loss, exact_loss)
-    check_grad(gpu.backward(call, None, stats, Upstream(torch.ones_like(loss)), True, False).input, call, exact_grad)
+    check_grad(launch.backward(call, None, stats, Upstream(torch.ones_like(loss)), True, False).input, call, exact_grad)
 
 
 @dtypes
@@ -147,7 +149,7 @@ def test_memory_beyond_logits_and_gradient(C: int, dtype: torch.dtype, upstream:
 
 @pytest.mark.parametrize("C", [1000, 128256])
 def test_other_values_do_not_compile_again(C: int) -> None:
-    kernels = gpu._kernels()
+    kernels = launch._kernels()
     x, y = make(64, C, torch.bfloat16)
     counts = []
     for value in (0.1, 0.2, 0.3):

@@ -25,7 +25,9 @@ def call(dtype: torch.dtype = torch.float32) -> Call:
 def test_names_in_order() -> None:
     assert list(BACKENDS) == ["cpu", "triton", "reference"]
     for module in BACKENDS.values():
-        assert all(callable(getattr(module, name)) for name in ("unsupported", "saved_shape", "forward", "backward", "rescale"))
+        assert all(
+            callable(getattr(module, name)) for name in ("unsupported", "saved_shape", "forward", "backward", "rescale")
+        )
 
 
 @needs_kernels

@@ -1,4 +1,4 @@
-"""How `gpu.py` cuts the work into programs, whatever the strides: no way of cutting changes a result."""
+"""How `launch.py` cuts the work into programs, whatever the strides: no way of cutting changes a result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from judge import check, check_grad, expected_grad, expected_of
 from oracle import double
 
 import fused_ce
-from fused_ce import gpu, reference, rows
+from fused_ce import formula
+from fused_ce.backends import reference
+from fused_ce.backends.triton import launch, rows
+from fused_ce.backends.triton import plan as planning
+from fused_ce.contract import Call, Upstream
 
 PIXELS: dict[str, Any] = {"N": 3, "pixels": (5, 7), "target": ignore(3, 36)}
 CASES = [
@@ -38,11 +42,11 @@ only_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("chunk", [8, 40, 64])
 def test_chunks_of_rows(backend: Backend, case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CHUNK", chunk)
-    monkeypatch.setattr(gpu, "SUMS", gpu.SUMS | {"CHUNK": chunk, "BLOCK": 8})
+    monkeypatch.setattr(launch, "CHUNK", chunk)
+    monkeypatch.setattr(launch, "SUMS", launch.SUMS | {"CHUNK": chunk, "BLOCK": 8})
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
-    loss, grad, _, _ = gpu.forward(call, "fused")
+    loss, grad, _, _ = launch.forward(call, "fused")
     check(loss, exact_loss)
     check_grad(grad, call, exact_grad)
 
@@ -53,31 +57,31 @@ def test_chunks_of_rows(backend: Backend, case: Case, chunk: int, monkeypatch: p
 def test_tiles_and_fewer_programs(
     backend: Backend, case: Case, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = gpu._launch
+    launch_all = launch._launch
 
     def launch_fewer(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         # These walk on by the number of programs, which only huge inputs make less than the work.
         grid = tuple(-(-size // 3) for size in grid) if kernel in ("backward", "rescale") else grid
-        launch(kernel, grid, *args, **meta)
+        launch_all(kernel, grid, *args, **meta)
 
-    monkeypatch.setattr(gpu, "plan", lambda *arguments: gpu.Plan(*tile, 0, 4, 1, 3))
-    monkeypatch.setattr(gpu, "_launch", launch_fewer)
+    monkeypatch.setattr(launch, "plan", lambda *arguments: planning.Plan(*tile, 0, 4, 1, 3))
+    monkeypatch.setattr(launch, "_launch", launch_fewer)
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
-    loss, grad, _, _ = gpu.forward(call, "fused")
+    loss, grad, _, _ = launch.forward(call, "fused")
     check(loss, exact_loss)
     check_grad(grad, call, exact_grad)
-    stats = gpu.forward(call, "recompute")[2]
-    again = gpu.backward(call, None, stats, Upstream(torch.ones_like(loss)), True, False).input
+    saved = launch.forward(call, "recompute")[2]
+    again = launch.backward(call, None, saved, Upstream(torch.ones_like(loss)), True, False).input
     check_grad(again, call, exact_grad)
-    doubled = gpu.backward(call, grad, stats, Upstream(torch.full_like(loss, 2)), True, False).input
+    doubled = launch.backward(call, grad, saved, Upstream(torch.full_like(loss, 2)), True, False).input
     assert torch.equal(bits(doubled), bits(grad * 2))
 
 
 PATHS = {  # plan of forward, and multiprocessors
-    "held": (lambda C: gpu.Plan(1, 32, -(-C // 32), 4, 2, gpu.MANY), 1),
-    "walked": (lambda C: gpu.Plan(1, 32, 0, 4, 1, 2), 1),
-    "shared": (lambda C: gpu.Plan(1, 32, 0, 4, 1, 2), 1000),
+    "held": (lambda C: planning.Plan(1, 32, -(-C // 32), 4, 2, planning.MANY), 1),
+    "walked": (lambda C: planning.Plan(1, 32, 0, 4, 1, 2), 1),
+    "shared": (lambda C: planning.Plan(1, 32, 0, 4, 1, 2), 1000),
 }
 MATRICES = [case for case in ALL if not case.pixels and case.C in (33, 64, 65) and "grad_scale" not in case.options]
 HARD = {
@@ -100,10 +104,10 @@ MATRICES += [Case(f"{a}-{b}", C=101, logits=HARD[a], **HARD_CALLS[b]) for a in H
 def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send every call down one path, in tiles so short that there are many, cut at 16 bytes where rows are odd."""
     forward, multiprocessors = PATHS[path]
-    backward = gpu.Plan(1, 64, 0, 4, 1, gpu.MANY)
-    monkeypatch.setattr(gpu, "plan", lambda C, *_: forward(C) if _[-2] else backward)
-    monkeypatch.setattr(gpu, "device", lambda tensor: gpu.Device(None, multiprocessors, 0, False))
-    monkeypatch.setattr(gpu, "ODD", 15)
+    backward = planning.Plan(1, 64, 0, 4, 1, planning.MANY)
+    monkeypatch.setattr(launch, "plan", lambda C, *_: forward(C) if _[-2] else backward)
+    monkeypatch.setattr(launch, "device", lambda tensor: planning.Device(None, multiprocessors, 0, False))
+    monkeypatch.setattr(launch, "ODD", 15)
 
 
 @only_triton
@@ -115,12 +119,12 @@ def test_paths(backend: Backend, case: Case, path: str, monkeypatch: pytest.Monk
     exact_loss, exact_grad = expected_of(case)
     ones = torch.ones_like(exact_loss.exact).to(backend.device, call[3].dtype or call[0].dtype)
     if call[3].reduction != "none" and exact_grad.exact.numel():
-        loss, grad, _, _ = gpu.forward(call, "fused")
+        loss, grad, _, _ = launch.forward(call, "fused")
         check(loss, exact_loss)
         check_grad(grad, call, exact_grad)
-    loss, _, stats, _ = gpu.forward(call, "recompute")
+    loss, _, saved, _ = launch.forward(call, "recompute")
     check(loss, exact_loss)
-    check_grad(gpu.backward(call, None, stats, Upstream(ones), True, False).input, call, exact_grad)
+    check_grad(launch.backward(call, None, saved, Upstream(ones), True, False).input, call, exact_grad)
 
 
 @only_triton
@@ -132,9 +136,9 @@ def test_rows_shared_by_programs_have_the_same_bits(
     for path in ("walked", "shared"):
         take(path, monkeypatch)
         *tensors, options = case.build(backend.device)
-        call = *tensors, options._replace(return_stats=True)
-        sums = *tensors, options._replace(return_stats=True, reduction="sum")
-        results.append((*gpu.forward(call, "loss")[::3], *gpu.forward(sums, "fused")))
+        call = Call(*tensors, options._replace(return_stats=True))
+        sums = Call(*tensors, options._replace(return_stats=True, reduction="sum"))
+        results.append((*launch.forward(call, "loss")[::3], *launch.forward(sums, "fused")))
     for walked, shared in zip(*results, strict=True):
         pairs = [(walked, shared)] if isinstance(walked, torch.Tensor) else zip(walked, shared, strict=True)
         assert all(torch.equal(bits(a), bits(b)) for a, b in pairs)
@@ -155,10 +159,10 @@ def test_neighbours_in_memory(
     memory = input.new_full((7, C + 3), torch.nan)
     for offset in (0, 1):
         within = memory[1:-1, offset : offset + C].copy_(input)
-        loss, grad, _, _ = gpu.forward(within, *rest, options, "fused")
+        loss, grad, _, _ = launch.forward(Call(within, *rest, options), "fused")
         check(loss, exact_loss)
         check_grad(grad, (input, *rest, options), exact_grad)
-        grad = gpu.forward(within, *rest, options._replace(inplace=True), "fused")[1]
+        grad = launch.forward(Call(within, *rest, options._replace(inplace=True)), "fused")[1]
         assert grad is within
         check(grad, exact_grad)
         within.fill_(torch.nan)
@@ -175,7 +179,7 @@ def test_more_than_2_to_the_31_apart(backend: Backend, path: str, monkeypatch: p
     memory = torch.from_numpy(np.empty(apart + 65, np.float16)) if backend.device == "cpu" else None
     memory = memory if memory is not None else input.new_empty(apart + 65)
     far = memory.as_strided((2, 65), (apart, 1)).copy_(input)
-    grad = gpu.forward(far, *rest, options._replace(inplace=True), "fused")[1]
+    grad = launch.forward(Call(far, *rest, options._replace(inplace=True)), "fused")[1]
     check(grad, expected_of(case)[1])
 
 
@@ -186,19 +190,19 @@ def test_check_targets(backend: Backend) -> None:
     *tensors, options = Case("bad", N=4, target=lambda y: y.index_fill(0, y.new_tensor(2), 10)).build(backend.device)
     for reduction in ("none", "mean"):
         for _ in range(2):
-            gpu.forward(tensors, options._replace(reduction=reduction), "loss")
+            launch.forward(Call(*tensors, options._replace(reduction=reduction)), "loss")
         with pytest.raises(IndexError, match=r"^Target 10 is out of bounds\.$"):
             fused_ce.check_targets()
         fused_ce.check_targets()
-    gpu.forward(tensors, options._replace(ignore_index=10), "loss")
+    launch.forward(Call(*tensors, options._replace(ignore_index=10)), "loss")
     fused_ce.check_targets()
 
 
 DEVICES = {
-    "hopper": gpu.Device((9, 0), 132, 50 << 20, True),
-    "hopper, old triton": gpu.Device((9, 0), 132, 50 << 20, False),
-    "ampere": gpu.Device((8, 0), 108, 40 << 20, False),
-    "amd": gpu.Device(None, 304, 4 << 20, False),
+    "hopper": planning.Device((9, 0), 132, 50 << 20, True),
+    "hopper, old triton": planning.Device((9, 0), 132, 50 << 20, False),
+    "ampere": planning.Device((8, 0), 108, 40 << 20, False),
+    "amd": planning.Device(None, 304, 4 << 20, False),
 }
 
 
@@ -207,9 +211,9 @@ DEVICES = {
 @pytest.mark.parametrize("extra", [0, 1, 2, 5])
 @pytest.mark.parametrize("side", [1, 2, 5, 32, 3136])
 def test_plan_holds_the_classes(side: int, extra: int, held: bool, device: str) -> None:
-    for dtype in gpu.FLOATS:
+    for dtype in launch.FLOATS:
         for C in (1, 2, 3, 10, 150, 512, 513, 1000, 4096, 4097, 16384, 16385, 32001, 50257, 151936, 262144, 1 << 20):
-            cut = gpu.plan(C, dtype, side, extra, held, DEVICES[device])
+            cut = planning.plan(C, dtype, side, extra, held, DEVICES[device])
             numbers = (cut.rows, cut.block, cut.warps, cut.ctas)
             assert all(number & (number - 1) == 0 for number in numbers)  # Triton's shapes
             assert cut.rows >= min(side, 32)
@@ -238,7 +242,7 @@ def test_no_layout_is_copied(backend: Backend, layout: str) -> None:
     C = x.shape[1]
     assert views[0].ptr.data_ptr() == x.data_ptr()
     assert views[1] is None
-    assert math.prod(sizes) == rows.row_shape(x).numel()
+    assert math.prod(sizes) == x[:, 0].numel()
     for tensor, view in ((x, views[0]), (grad.copy_(x), views[2])):
         strides = [1 if stride is None else stride for stride in (*(view.outer or ())[::-1], view.inner)]
         seen = torch.as_strided(tensor, sizes, strides, tensor.storage_offset())
@@ -255,14 +259,14 @@ def test_expected_upstream_gradient(backend: Backend, dtype: torch.dtype, given:
     case = Case("expected", N=5, C=130, dtype=dtype, target=ignore(1))
     hint = 1 / 3 if given == "number" else torch.tensor(1 / 3, device=backend.device)
     *tensors, options = case.build(backend.device)
-    call = *tensors, options._replace(grad_scale=hint)
-    loss, grad, stats, _ = gpu.forward(call, "fused")
+    call = Call(*tensors, options._replace(grad_scale=hint))
+    loss, grad, saved, _ = launch.forward(call, "fused")
     upstream = torch.full_like(loss, 1 / 3)
     check_grad(grad, call, expected_grad(upstream, call))
     untouched = grad.clone()
-    assert gpu.backward(call, grad, stats, Upstream(upstream), False, False).input is grad
+    assert launch.backward(call, grad, saved, Upstream(upstream), False, False).input is grad
     assert torch.equal(bits(grad), bits(untouched))
-    other = gpu.backward(call, grad, stats, Upstream(upstream * 2), False, False).input
+    other = launch.backward(call, grad, saved, Upstream(upstream * 2), False, False).input
     check_grad(other, call, expected_grad(upstream * 2, call), roundings=1 if dtype != torch.float32 else 2)
 
 
@@ -272,15 +276,15 @@ def test_in_place(backend: Backend, case: Case) -> None:
     input, *rest, options = case.build(backend.device)
     if not input.is_contiguous():
         return
-    call = input.clone(), *rest, options._replace(inplace=True)
+    call = Call(input.clone(), *rest, options._replace(inplace=True))
     _, exact = expected_of(case)
-    grad = gpu.forward(call, "fused")[1]
+    grad = launch.forward(call, "fused")[1]
     assert grad.data_ptr() == call[0].data_ptr()
     check_grad(grad, (input, *rest, options), exact)
-    call = input.clone(), *rest, options._replace(inplace=True)
-    loss, _, stats, _ = gpu.forward(call, "recompute")
+    call = Call(input.clone(), *rest, options._replace(inplace=True))
+    loss, _, saved, _ = launch.forward(call, "recompute")
     assert torch.equal(call[0], input)
-    grad = gpu.backward(call, None, stats, Upstream(torch.ones_like(loss)), False, False).input
+    grad = launch.backward(call, None, saved, Upstream(torch.ones_like(loss)), False, False).input
     assert grad.data_ptr() == call[0].data_ptr()
     check_grad(grad, (input, *rest, options), exact)
 
@@ -289,21 +293,23 @@ def test_in_place(backend: Backend, case: Case) -> None:
 @pytest.mark.parametrize("probs", [None, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pixels", [(), (3, 5)], ids=str)
 def test_extras_and_their_gradients(backend: Backend, pixels: tuple[int, ...], probs: torch.dtype | None) -> None:
-    case = Case("extras", N=4, C=130, pixels=pixels, probs=probs, options=EVERYTHING, weight=ramp)
+    case = Case("stats", N=4, C=130, pixels=pixels, probs=probs, options=EVERYTHING, weight=ramp)
     input, target, weight, options = case.build(backend.device)
     if probs is None:
         target.view(-1)[1] = options.ignore_index
-    call = input, target, weight, options._replace(return_stats=True)
-    exact_call = double(input), double(target) if probs else target.cpu(), double(weight), call[3]
-    loss, _, stats, extras = gpu.forward(call, "recompute")
-    exact = reference.composite(*exact_call)[1]
-    for got, wanted in zip(extras, exact, strict=True):
+    call = Call(input, target, weight, options._replace(return_stats=True))
+    exact_call = Call(double(input), double(target) if probs else target.cpu(), double(weight), call.options)
+    loss, _, saved, stats = launch.forward(call, "recompute")
+    exact = formula.composite(exact_call)[1]
+    for got, wanted in zip(stats, exact, strict=True):
         assert got.dtype == (torch.int64 if wanted.dtype == torch.int64 else torch.float32)
         torch.testing.assert_close(got.cpu().to(wanted.dtype), wanted, rtol=2e-6, atol=0)
-    g_lse = torch.randn(*loss.shape, *extras.lse.shape, 2, device=backend.device)[..., 1]
+    g_lse = torch.randn(*loss.shape, *stats.lse.shape, 2, device=backend.device)[..., 1]
     upstream = torch.full_like(loss, 1 / 3)
-    wanted = reference.backward(exact_call, None, None, Upstream(double(upstream), double(g_lse)), True, probs is not None)
-    got = gpu.backward(call, None, stats, Upstream(upstream, g_lse), True, probs is not None)
+    wanted = reference.backward(
+        exact_call, None, None, Upstream(double(upstream), double(g_lse)), True, probs is not None
+    )
+    got = launch.backward(call, None, saved, Upstream(upstream, g_lse), True, probs is not None)
     for result, exact_result, like in zip(got, wanted, (input, target), strict=True):
         if exact_result is None:
             assert result is None

@@ -1,10 +1,12 @@
-"""Who may import whom (the arrows of docs/design.md), and that nothing optional is needed."""
+"""Who may import whom (the arrows of CONTRIBUTING.md), and that nothing optional is needed."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,66 +14,118 @@ import pytest
 import fused_ce
 
 PACKAGE = Path(fused_ce.__file__).parent
-ANYONE_MAY = {"options", "rows"}
+LAUNCHED = ("arguments", "backward", "forward", "plan", "reduce", "rows")
+ANYONE_MAY = {"contract", "options"}
 ARROWS = {
-    "__init__": {"functional", "gpu", "module"},
+    "__init__": {"backends.triton.launch", "functional", "module"},
     "module": {"functional"},
-    "functional": {"autograd", "dispatch", "ops", "reference"},
-    "ops": {"dispatch", "reference"},
-    "autograd": set(),
-    "dispatch": {"cpu", "gpu", "reference"},
-    "cpu": {"_C"},
-    "gpu": {"kernels"},
-    "kernels": set(),
-    "reference": set(),
+    "functional": {"_torch", "autograd", "gate", "ops"},
+    "gate": {"_torch", "backends.dispatch", "formula"},
+    "autograd": {"_torch"},
+    "ops": {"backends.dispatch"},
+    "formula": set(),
+    "contract": set(),
     "options": set(),
-    "rows": set(),
+    "_torch": set(),
+    "backends.__init__": set(),
+    "backends.dispatch": {"backends.cpu", "backends.reference", "backends.triton.launch"},
+    "backends.reference": {"formula"},
+    "backends.cpu": {"_C"},
+    "backends.triton.__init__": set(),
+    "backends.triton.launch": {f"backends.triton.{name}" for name in LAUNCHED},
+    "backends.triton.arguments": {"backends.triton.rows"},
+    "backends.triton.plan": {"backends.triton.arguments", "backends.triton.rows"},
+    "backends.triton.rows": set(),
+    "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "tiles")},
+    "backends.triton.backward": {f"backends.triton.{name}" for name in ("formula", "tiles")},
+    "backends.triton.reduce": {"backends.triton.tiles"},
+    "backends.triton.tiles": {"backends.triton.formula"},
+    "backends.triton.formula": {"backends.triton.math"},
+    "backends.triton.math": set(),
 }
-OUTSIDE = {"kernels": {"triton"}} | {name: {"torch"} for name in ("autograd", "options", "reference", "rows")}
+KERNELS = {f"backends.triton.{name}" for name in ("backward", "formula", "forward", "math", "reduce", "tiles")}
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:
     """Modules of the package, and packages from outside, that a file imports anywhere in it."""
     inside, outside = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    folder = ["fused_ce", *module.split(".")][:-1]
+    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            start = "fused_ce." if node.level else ""
-            names = [f"{start}{node.module}"] if node.module else [f"{start}{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            names = ["fused_ce" + argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+            start = ".".join([*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])])
+            start = start if node.level else str(node.module)
+            names = [f"{start}.{alias.name}" for alias in node.names] if start in PACKAGES else [start]
         else:
             continue
-        inside |= {name.split(".")[1] for name in names if name.startswith("fused_ce.")}
+        inside |= {name.removeprefix("fused_ce.") for name in names if name.startswith("fused_ce.")}
         outside |= {name.split(".")[0] for name in names} - {"fused_ce"}
     return inside, outside - set(sys.stdlib_module_names)
 
 
-def modules() -> list[str]:
-    return sorted(path.stem for path in PACKAGE.glob("*.py"))
+PACKAGES = {"fused_ce", "fused_ce.backends", "fused_ce.backends.triton"}
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__main__"
+)
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if name != "__main__"])
+def test_every_file_has_its_arrows() -> None:
+    assert sorted(ARROWS) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_arrows(module: str) -> None:
     inside, outside = imports(module)
-    assert inside - ANYONE_MAY <= ARROWS[module]
-    assert outside <= OUTSIDE.get(module, {"torch", "triton"} if module == "gpu" else {"torch"})
+    assert inside - ANYONE_MAY == ARROWS[module] - ANYONE_MAY
+    allowed = (
+        {"triton"} if module in KERNELS else {"torch", "triton"} if module.startswith("backends.triton") else {"torch"}
+    )
+    assert outside <= allowed
 
 
-def test_every_arrow_is_used() -> None:
-    for module, arrows in ARROWS.items():
-        assert arrows - imports(module)[0] == set(), module
+def test_no_cycles() -> None:
+    graph = {module: imports(module)[0] & set(MODULES) - {"__init__"} for module in MODULES}
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_files_are_short() -> None:
+    sources = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.*")]
+    assert [path for path in sources if len(path.read_text().splitlines()) > 300] == []
+
+
+def test_the_map_holds_every_file() -> None:
+    guide = PACKAGE.parent / "CONTRIBUTING.md"
+    if not guide.exists():
+        pytest.skip("not a checkout")
+    house = guide.read_text().partition("## The house")[2].partition("\n## ")[0]
+    for path in (*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.*")):
+        if path.name != "__init__.py":
+            assert re.search(rf"\b{path.name.partition('.')[0]}\b", house), path
+
+
+def test_parallel_formulas() -> None:
+    """The three formula files name the same functions in the same order."""
+    names = ("transform", "transform_grad", "row_lse", "combine", "row_loss", "row_grad")
+    for file, declares in (
+        (PACKAGE / "formula.py", r"^def (\w+)\("),
+        (PACKAGE / "backends/triton/formula.py", r"^def (\w+)\("),
+        (PACKAGE.parent / "csrc/formula.inl.h", r"^(?:template <[^;]*?> )?(?:INLINE )?(?:[\w:<>]+ )+(\w+)\("),
+    ):
+        if file.exists():  # csrc is not installed
+            found = [name for name in re.findall(declares, file.read_text(), re.MULTILINE) if name in names]
+            assert list(dict.fromkeys(found)) == list(names), file
 
 
 def test_autograd_names_no_device() -> None:
     nodes = ast.walk(ast.parse((PACKAGE / "autograd.py").read_text()))
     assert not {node.id for node in nodes if isinstance(node, ast.Name)} & {
         "cpu",
-        "gpu",
         "cuda",
+        "launch",
         "reference",
-        "kernels",
     }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fused_ce import CrossEntropyLoss, cross_entropy
 from fused_ce.backends.dispatch import BACKENDS, choose
-from fused_ce.ops import arguments
 from fused_ce.contract import Call
+from fused_ce.ops import arguments
 from fused_ce.options import Options
 
 CALLS: dict[str, tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""The "reference" backend: `formula.py` as it stands, out of torch's own operators. Any device, and never the fastest."""
+"""The "reference" backend: `formula.py` as it stands, on any device; it is never the fastest."""
 
 from __future__ import annotations
 

@@ -29,11 +29,6 @@ class Rows(NamedTuple):
     step: int
 
 
-def row_shape(input: Tensor) -> torch.Size:
-    """(N, d1..dk) of (N, C, d1..dk)."""
-    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
-
-
 def matrices(*tensors: Tensor | None) -> tuple[list[int], list[Matrix | None]]:
     """Sizes of the row dimensions that are left once merged, and each tensor along them.
 

@@ -1,0 +1,241 @@
+"""Loading and storing: rows, their targets, tiles of their classes, whatever the strides."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .formula import exp, finite, row_grad, target_grad, transform
+
+
+class RowGroup(NamedTuple):
+    """The rows that a program takes at a time, (R, 1) each."""
+
+    o: Any  # which rows of the outer dimensions
+    i: Any  # which of the inner one
+    row_mask: Any  # which rows exist
+    number: Any  # of the row among all
+    counted: Any  # which rows are not ignored
+    y: Any  # the target; -1 for a class that does not exist, and where the target holds probabilities
+
+
+class Source(NamedTuple):
+    """Where a group's logits and probabilities lie."""
+
+    given: Any  # arguments.Given
+    x_at: Any  # (R, 1)
+    t_at: Any  # (R, 1), or None where the target holds class indices
+    read: Any  # (R, 1), which rows are read
+
+
+class Sink(NamedTuple):
+    """Where a group's gradients go."""
+
+    grads: Any  # arguments.Grads
+    dx_at: Any  # (R, 1)
+    dt_at: Any  # (R, 1), or None where the target wants no gradient
+
+
+class RowTerms(NamedTuple):
+    """What the gradients of a row are made from besides its logits, (R, 1) each."""
+
+    y: Any
+    m: Any
+    lse_m: Any
+    factors: Any  # GradFactors
+    dt_scale: Any
+
+
+@triton.constexpr_function
+def accumulator(pointer):
+    return tl.float64 if pointer.element_ty == tl.float64 else tl.float32
+
+
+@triton.constexpr_function
+def is_float32(pointer):
+    return pointer.element_ty == tl.float32
+
+
+@triton.jit
+def load_scalar(numbers, i, ACC: tl.constexpr):
+    """numbers[i], or 1."""
+    if numbers is None:
+        value = tl.full((), 1.0, ACC)
+    else:
+        value = tl.load(numbers + i).to(ACC)
+    return value
+
+
+@triton.jit
+def offset(i, stride, ALIGN: tl.constexpr):
+    if stride is None:
+        at = i
+    else:
+        at = i.to(tl.int64) * (stride // ALIGN * ALIGN)
+    return at
+
+
+@triton.jit
+def locate(matrix, sizes, group, ALIGN: tl.constexpr):  # (R, 1)
+    """Offsets of the group's rows."""
+    at = offset(group.i, matrix.inner, ALIGN)
+    if matrix.outer is not None:
+        o = group.o
+        for d in tl.static_range(len(sizes)):
+            at += offset(o % sizes[d], matrix.outer[d], ALIGN)
+            o //= sizes[d]
+    return at
+
+
+@triton.jit
+def tile_indices(ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The numbers of a program's rows, (R, 1), and of a tile's classes, (1, B)."""
+    if ROWS == 1:
+        r, lanes = tl.arange(0, 1), tl.arange(0, BLOCK)
+    else:
+        r, lanes = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    return r, lanes
+
+
+@triton.jit
+def load_target(target, number, row_mask, C, ignore_index, bad):
+    """Which rows are counted, and their y; -1 for a class that does not exist, which is told to `bad`."""
+    y = tl.load(target.ptr + number * target.step, mask=row_mask, other=0).to(tl.int64)
+    counted, exists = row_mask & (y != ignore_index), (y >= 0) & (y < C)
+    if bad is not None:
+        tl.store(bad + tl.zeros_like(y), y, mask=counted & ~exists)
+    return counted, tl.where(exists, y, -1).to(tl.int32)
+
+
+@triton.jit
+def load_group(p, r, given, C, inner, ignore_index, bad, PROBS: tl.constexpr):
+    """RowGroup p; no row is ignored where the target holds probabilities."""
+    ROWS: tl.constexpr = r.shape[0]
+    if given.sizes is None:
+        o, i = tl.zeros(r.shape, tl.int64), tl.full(r.shape, p, tl.int64) * ROWS + r
+    else:
+        groups = tl.cdiv(inner, ROWS)
+        o, i = (p // groups).to(tl.int64), (p % groups).to(tl.int64) * ROWS + r
+    row_mask, number = i < inner, o * inner + i
+    if PROBS:
+        counted, y = row_mask, tl.full(r.shape, -1, tl.int32)
+    else:
+        counted, y = load_target(given.target, number, row_mask, C, ignore_index, bad)
+    return RowGroup(o, i, row_mask, number, counted, y)
+
+
+@triton.jit
+def load_y(source, y, z_y, options):  # (R, 1) each
+    """z_y, unless it is known, and q_y. Class -1 is never read: its z_y is NaN."""
+    logits, target = source.given.logits, source.given.target
+    ACC: tl.constexpr = accumulator(logits.ptr.dtype)
+    exists = source.read & (y >= 0)
+    if source.t_at is not None:
+        t_y = tl.load(target.ptr + source.t_at + offset(y, target.col, 1), mask=exists, other=0.0).to(ACC)
+    else:
+        t_y = tl.full(y.shape, 1.0, ACC)
+        x_y = tl.load(logits.ptr + source.x_at + offset(y, logits.col, 1), mask=exists, other=float("nan")).to(ACC)
+        z_y = transform(x_y, options)
+    q_y = (1.0 - options.e) * t_y + options.e / options.C
+    if source.given.weight is not None:
+        q_y *= tl.load(source.given.weight + y, mask=exists, other=1.0).to(ACC)
+    return z_y, q_y
+
+
+@triton.jit
+def load_tile(
+    source,
+    x_at,  # (R, B)
+    cols,  # (R, B), which classes
+    col_mask,  # (R, B), which of them exist; None if all do
+    options,
+    DENSE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    KEEP: tl.constexpr,  # how long in the cache
+):
+    """x, z and q of one tile, (R, B); q without the share of a class index."""
+    logits, target, weight = source.given.logits, source.given.target, source.given.weight
+    ACC: tl.constexpr = accumulator(logits.ptr.dtype)
+    mask = source.read if col_mask is None else source.read & col_mask
+    x = tl.load(logits.ptr + x_at, mask=mask, other=0.0, eviction_policy=KEEP).to(ACC)
+    z = transform(x, options)
+    if col_mask is not None:
+        # Only now: a lane filled with -inf before the softcap would become -s and be summed.
+        z = tl.where(col_mask, z, float("-inf"))
+    q = tl.zeros(x.shape, ACC)
+    if source.t_at is not None:
+        t_at = source.t_at + offset(cols, target.col, ALIGN)
+        q = tl.load(target.ptr + t_at, mask=mask, other=0.0, eviction_policy=KEEP).to(ACC)
+    if DENSE:
+        q = (1.0 - options.e) * q + options.e / options.C
+        if weight is not None:
+            w = tl.load(weight + cols) if col_mask is None else tl.load(weight + cols, mask=col_mask, other=0.0)
+            q *= w.to(ACC)
+    return x, z, q
+
+
+@triton.jit
+def store_tile(matrix, at, values, mask):  # (R, B) each
+    if matrix.ptr.dtype.element_ty != tl.float64:
+        values = values.to(tl.float32)  # float64 has no way of its own to 16 bits
+    tl.store(matrix.ptr + at, values.to(matrix.ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
+def store_grads(
+    source,
+    sink,
+    x_at,  # (R, B)
+    dx_at,  # (R, B)
+    cols,  # (R, B), which classes
+    col_mask,  # (R, B), which of them exist
+    group,
+    terms,  # RowTerms
+    options,
+    DENSE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """The gradients of one tile, from the logits."""
+    logits, weight = source.given.logits, source.given.weight
+    x, z, q = load_tile(source, x_at, cols, col_mask, options, DENSE, ALIGN, "evict_first")
+    e_c, mask = exp(z - finite(terms.m), is_float32(logits.ptr.dtype)), group.row_mask & col_mask
+    dx = row_grad(x, e_c, q, cols == terms.y, terms.factors, options, DENSE)
+    store_tile(sink.grads.input, dx_at, tl.where(group.counted, dx, 0.0), mask)  # an ignored row may hold NaN
+    if sink.dt_at is not None:
+        w = None if weight is None else tl.load(weight + cols, mask=col_mask, other=0.0).to(z.dtype)
+        dt = target_grad(z, terms.m, terms.lse_m, w, terms.dt_scale)
+        store_tile(sink.grads.target, sink.dt_at + offset(cols, sink.grads.target.col, ALIGN), dt, mask)
+
+
+@triton.jit
+def sweep(source, sink, group, terms, options, lanes, DENSE: tl.constexpr, TILING: tl.constexpr):
+    """This program's share of the gradients of whole rows, from the end: what was read last is still in the cache.
+
+    Rows that begin anywhere (VECTOR > 1) are cut at the boundaries of VECTOR values in memory, which then move as
+    one; what is left at both edges moves apart. SAME: the logits are cut where the gradient is.
+    """
+    C, x_col, dx_col = options.C, source.given.logits.col, sink.grads.input.col
+    x_at, dx_at = source.x_at, sink.dx_at
+    ALIGN: tl.constexpr = TILING.ALIGN
+    VECTOR: tl.constexpr = TILING.VECTOR
+    BLOCK: tl.constexpr = lanes.shape[-1]
+    tiles = tl.cdiv(C + (VECTOR - 1), BLOCK)
+    if VECTOR == 1:
+        for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
+            cols = lanes + (tiles - 1 - t) * BLOCK
+            x, dx = x_at + offset(cols, x_col, ALIGN), dx_at + offset(cols, dx_col, ALIGN)
+            store_grads(source, sink, x, dx, cols, cols < C, group, terms, options, DENSE, ALIGN)
+    else:
+        before = (dx_at % VECTOR).to(tl.int32)  # values between the boundary and the row
+        whole = (C + before) // VECTOR
+        x_cut, cut = x_at // VECTOR * VECTOR if TILING.SAME else x_at - before, dx_at // VECTOR * VECTOR
+        for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
+            place = lanes + (tiles - 1 - t) * BLOCK
+            col_mask = (place // VECTOR >= tl.minimum(before, 1)) & (place // VECTOR < whole)
+            x, dx, cols = x_cut + place, cut + place, place - before
+            store_grads(source, sink, x, dx, cols, col_mask, group, terms, options, DENSE, ALIGN)
+        if tl.program_id(1) == 0:
+            _, edge = tile_indices(dx_at.shape[0], 2 * VECTOR)
+            cols = tl.where(edge < VECTOR, edge, whole * VECTOR - before + edge - VECTOR)
+            col_mask = tl.where(edge < VECTOR, (edge < VECTOR - before) & (before > 0), cols < C)
+            store_grads(source, sink, x_at + cols, dx_at + cols, cols, col_mask, group, terms, options, DENSE, ALIGN)
