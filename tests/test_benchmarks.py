@@ -76,9 +76,9 @@ def test_programs_start(
         del sys.modules[module]  # found again, from where the program looks
     monkeypatch.setattr(sys, "argv", [program, "--help"])
     monkeypatch.syspath_prepend(BENCHMARKS.parent if as_module else BENCHMARKS)
-    run, name = (
-        (runpy.run_module, f"benchmarks.{program}") if as_module else (runpy.run_path, f"{BENCHMARKS}/{program}.py")
-    )
+    run, name = runpy.run_path, f"{BENCHMARKS}/{program}.py"
+    if as_module:
+        run, name = runpy.run_module, f"benchmarks.{program}"
     with pytest.raises(SystemExit, match=r"^0$"):
         run(name, run_name="__main__")
     assert capsys.readouterr().out.startswith("usage: ")

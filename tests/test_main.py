@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -54,6 +55,15 @@ def test_as_a_program_with_a_forced_instruction_set() -> None:
     assert f"instruction set {slowest}" in result.stdout
     assert f"FUSED_CE_ISA={slowest}" in result.stdout
     assert result.stdout.rstrip().endswith("pass")
+
+
+def test_a_wrong_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu._C is None:
+        pytest.skip("fused_ce._C is not built")
+    monkeypatch.setenv("FUSED_CE_ISA", "nonsense")
+    again = importlib.util.spec_from_file_location("fused_ce.backends.cpu_again", cpu.__file__)
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        again.loader.exec_module(importlib.util.module_from_spec(again))
 
 
 def test_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
