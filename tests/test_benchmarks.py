@@ -158,7 +158,9 @@ def outcome(
     arguments = ["--shapes", "33x70", "--dtype", "f32", "--peers", ",".join(peers), "--seconds", "0"]
     arguments += ["--reduction", reduction, "--upstream", str(upstream), "--json", str(file)]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
+        isa = cpu._C and cpu._C.isa()
         assert benchmark_cli.main(arguments) == 0
+        assert isa == (cpu._C and cpu._C.isa())
     rows = {row["peer"]: row for row in json.loads(file.read_text())["rows"]}
     assert list(rows) == [*peers, "copy_ (bound)"]
     return Outcome(reduction, upstream, rows, printed.getvalue())
