@@ -76,7 +76,8 @@ def test_programs_start(
         monkeypatch.setitem(sys.modules, module, None)  # back to what it was, afterwards
         del sys.modules[module]  # found again, from where the program looks
     monkeypatch.setattr(sys, "argv", [program, "--help"])
-    monkeypatch.syspath_prepend(BENCHMARKS.parent if as_module else BENCHMARKS)
+    elsewhere = [path for path in sys.path if path != str(BENCHMARKS)]
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS.parent if as_module else BENCHMARKS), *elsewhere])
     run, name = runpy.run_path, f"{BENCHMARKS}/{program}.py"
     if as_module:
         run, name = runpy.run_module, f"benchmarks.{program}"
