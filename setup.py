@@ -2,7 +2,8 @@
 
 Each instruction set needs flags of its own, which setuptools cannot give to a single source. So this file writes a
 build.ninja and lets ninja do the rest: in parallel, only what changed, headers included.
-Heeded from the environment: CXX (or CC), CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS.
+Heeded from the environment: CXX (or CC), CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS; FUSED_CE_BUILD_ISAS=base (or avx2)
+leaves out the other instruction sets, for a short edit loop.
 """
 
 import os
@@ -98,7 +99,9 @@ class NinjaBuild(build_ext):
         compiler, machine = find_compiler()
         parallel = openmp(compiler)
         x86 = machine.startswith(("x86_64", "amd64"))
-        common = [*COMMON, *parallel, *(["-DFUSED_CE_X86"] if x86 else [])]
+        wanted = os.environ.get("FUSED_CE_BUILD_ISAS", ",".join(X86)).split(",")
+        isas = [name for name in X86 if x86 and name in wanted]
+        common = [*COMMON, *parallel, *(f"-DFUSED_CE_{name.upper()}" for name in isas)]
         python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
         user = environment("CPPFLAGS", "CFLAGS", "CXXFLAGS")  # last, so that they win
         with open(ROOT / folder / "build.ninja", "w") as file:
@@ -111,7 +114,7 @@ class NinjaBuild(build_ext):
             objects = []
             for source in SOURCES:
                 name = Path(source).stem
-                if name in X86 and not x86:
+                if name in X86 and name not in isas:
                     continue
                 flags = python if name == "bindings" else X86.get(name, [])
                 objects += ninja.build(str(folder / f"{name}.o"), "compile", source, variables={"flags": words(*flags)})

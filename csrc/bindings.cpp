@@ -15,7 +15,7 @@ constexpr int64_t KEEP_GIL = 4096;
 
 [[noreturn]] void refuse(const std::string& message) { throw py::value_error(message); }
 
-// Python's own functions, because pybind11's casts, a dozen a call, take longer than a small kernel.
+// Python's own functions: pybind11's casts, a dozen a call, would take longer than a small kernel.
 int64_t number(const py::tuple& numbers, int64_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(numbers.ptr(), i)); }
 py::tuple part(const py::tuple& fields, int64_t i) {
   return py::reinterpret_borrow<py::tuple>(PyTuple_GET_ITEM(fields.ptr(), i));
@@ -56,9 +56,28 @@ void merge_dims(Call& call) {
   dims.rank = kept + 1;
 }
 
-// options: (ignore_index, label_smoothing, logit_scale, softcap or 0, lse_square_scale)
-Call make_call(const py::tuple& input, const py::tuple& target, uintptr_t weight, const py::tuple& options,
-               const py::object& grad, const py::object& d_target) {
+double real(const py::tuple& numbers, int64_t i) { return PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), i)); }
+
+// The first five fields of options.Options, in its order. torch reads a smoothing that is not above zero as none.
+Options options_of(const py::tuple& fields) {
+  const double e = real(fields, 1);
+  const bool capped = PyTuple_GET_ITEM(fields.ptr(), 3) != Py_None;
+  return {number(fields, 0), e > 0 ? e : 0, real(fields, 2), capped ? real(fields, 3) : 0, real(fields, 4)};
+}
+
+Reduction reduction_of(const py::tuple& options) {
+  PyObject* const name = PyTuple_GET_ITEM(options.ptr(), 5);
+  if (PyUnicode_CompareWithASCIIString(name, "mean") == 0) return Reduction::mean;
+  return PyUnicode_CompareWithASCIIString(name, "sum") == 0 ? Reduction::sum : Reduction::none;
+}
+
+uintptr_t address(const py::tuple& addresses, int64_t i) {
+  return reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(addresses.ptr(), i)));
+}
+
+// given: (input, target, address of the weight or 0)
+Call make_call(const py::tuple& given, const py::tuple& options, const py::object& grad, const py::object& d_target) {
+  const py::tuple input = part(given, 0), target = part(given, 1);
   const auto sizes = part(input, 2);
   const int dim = int(sizes.size()), class_dim = dim > 1 ? 1 : 0;
   if (dim < 1 || dim > MAX_DIMS)
@@ -81,9 +100,9 @@ Call make_call(const py::tuple& input, const py::tuple& target, uintptr_t weight
   call.d_target = view(d_target, class_dim, call);
   call.across = lanes_across_rows(call.C, call.input.class_stride, call.dims.rank);
   if (call.rows > 0) merge_dims(call);
-  call.weight = reinterpret_cast<void*>(weight);
-  call.options = {options[0].cast<int64_t>(), options[1].cast<double>(), options[2].cast<double>(),
-                  options[3].cast<double>(), options[4].cast<double>()};
+  call.weight = reinterpret_cast<void*>(address(given, 2));
+  call.options = options_of(options);
+  if (PyErr_Occurred()) throw py::error_already_set();
   call.scale = 1;
   return call;
 }
@@ -99,28 +118,40 @@ template <class Work> void run(const Call& call, Work work) {
   if (refusal.bad) throw py::index_error("Target " + std::to_string(refusal.target) + " is out of bounds.");
 }
 
-void forward_py(const py::tuple& input, const py::tuple& target, uintptr_t weight, const py::tuple& options,
-                int reduction, double num_items, double scale, uintptr_t loss, int loss_dtype, const py::object& grad,
-                uintptr_t stats, uintptr_t extras, int threads) {
-  Call call = make_call(input, target, weight, options, grad, py::none());
+// loss: (address, dtype code)
+void forward_py(const py::tuple& given, const py::tuple& options, double num_items, double scale, const py::tuple& loss,
+                const py::object& grad, uintptr_t saved, uintptr_t stats, int threads) {
+  Call call = make_call(given, options, grad, py::none());
   call.scale = scale;
+  call.saved = reinterpret_cast<Saved*>(saved);
   call.stats = reinterpret_cast<Stats*>(stats);
-  call.extras = reinterpret_cast<Extras*>(extras);
-  run(call, [&] {
-    return forward(call, Reduction(reduction), num_items, reinterpret_cast<void*>(loss), DType(loss_dtype), threads);
-  });
+  void* const out = reinterpret_cast<void*>(address(loss, 0));
+  const DType dtype = DType(number(loss, 1));
+  const Reduction reduction = reduction_of(options);
+  run(call, [&] { return forward(call, reduction, num_items, out, dtype, threads); });
 }
 
-void backward_py(const py::tuple& input, const py::tuple& target, uintptr_t weight, const py::tuple& options,
-                 int reduction, double num_items, uintptr_t upstream, double scale, uintptr_t g_lse,
-                 const py::object& grad, const py::object& d_target, uintptr_t stats, int threads) {
-  Call call = make_call(input, target, weight, options, grad, d_target);
-  call.upstream = reinterpret_cast<void*>(upstream);
-  call.scale = scale;
-  call.g_lse = reinterpret_cast<void*>(g_lse);
-  if (!stats && call.rows > 0) refuse("expected the stats of a forward call, got none");
-  call.stats = reinterpret_cast<Stats*>(stats);
-  run(call, [&] { return backward(call, Reduction(reduction), num_items, threads); });
+// upstream: (address of one for each row or 0, what multiplies them, address of those of lse or 0)
+void backward_py(const py::tuple& given, const py::tuple& options, double num_items, const py::tuple& upstream,
+                 const py::object& grad, const py::object& d_target, uintptr_t saved, int threads) {
+  Call call = make_call(given, options, grad, d_target);
+  call.upstream = reinterpret_cast<void*>(address(upstream, 0));
+  call.scale = real(upstream, 1);
+  call.g_lse = reinterpret_cast<void*>(address(upstream, 2));
+  if (!saved && call.rows > 0) refuse("expected the rows that a forward call saved, got none");
+  call.saved = reinterpret_cast<Saved*>(saved);
+  const Reduction reduction = reduction_of(options);
+  run(call, [&] { return backward(call, reduction, num_items, threads); });
+}
+
+// Both are contract.RowSums, of numbers.
+py::tuple combine_py(const py::tuple& sums, const py::tuple& after, bool probs) {
+  double numbers[8], more[8];
+  for (int i = 0; i < 8; i++) numbers[i] = real(sums, i), more[i] = real(after, i);
+  isa().combine(numbers, more, probs);
+  py::tuple joined(8);
+  for (int i = 0; i < 8; i++) joined[i] = numbers[i];
+  return joined;
 }
 
 py::list isa_names() {
@@ -143,6 +174,7 @@ void set_isa_py(const std::string& name) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("forward", forward_py);
   m.def("backward", backward_py);
+  m.def("combine", combine_py);
   m.def("isa", [] { return isa().name; });
   m.def("isa_names", isa_names);
   m.def("set_isa", set_isa_py);
@@ -151,8 +183,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
   m.attr("compiler") = "g++ " __VERSION__;
 #endif
+  m.attr("saved_size") = sizeof(Saved) / sizeof(double);
   m.attr("stats_size") = sizeof(Stats) / sizeof(double);
-  m.attr("extras_size") = sizeof(Extras) / sizeof(double);
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

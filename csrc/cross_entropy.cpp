@@ -141,7 +141,7 @@ struct Tally {
 template <class Label> Tally tally(const Call& call, int64_t begin, int64_t end, Label label) {
   const int64_t ignored = call.options.ignore_index;
   const uint64_t C = uint64_t(call.C);
-  if (!call.weight && uint64_t(ignored) >= C) {  // mostly none is bad or ignored, which takes less time to find out
+  if (!call.weight && uint64_t(ignored) >= C) {  // fast path: no bad or ignored target
     uint64_t signs = 0;
     for (int64_t i = begin; i < end; i++) signs |= uint64_t(label(i)) | (C - 1 - uint64_t(label(i)));
     if (!(signs >> 63)) return {end - begin, double(end - begin), {false, 0}};

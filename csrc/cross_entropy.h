@@ -12,7 +12,7 @@ enum class Reduction : int { none, mean, sum };
 
 constexpr int MAX_DIMS = 8;
 
-// Field order as in options.py; the letters are those of reference.py.
+// Field order as in options.py; the letters are those of formula.py.
 struct Options {
   int64_t ignore_index;
   double label_smoothing;   // e; 0: none
@@ -48,16 +48,14 @@ struct RowDims {
   }
 };
 
-// What stands between forward and backward for each row.
-struct Stats {
-  double m;     // the largest z
-  double so;    // sum of exp(z - m) over the classes other than y
-  double rest;  // a - q_y
-  double y;     // the target; under probability targets the largest logit; -1: ignored
+// What stands between forward and backward for each row: some of its sums, by the letters of formula.py.
+struct Saved {
+  double m, so, q_others;
+  double y;  // the target; under probability targets the largest logit; -1: ignored
 };
 
 // What a row can tell besides its loss.
-struct Extras {
+struct Stats {
   double lse, z_loss, entropy;
   int64_t argmax;
 };
@@ -71,11 +69,11 @@ struct Call {
   const void* upstream;  // (rows) acc, of the loss
   const void* g_lse;     // (rows) acc, of lse
   // outputs
-  void* loss;      // (rows) acc; null: stats are read instead of written
-  Stats* stats;    // (rows)
-  Extras* extras;  // (rows)
-  View grad;       // (N, C, d1..dk), input's dtype
-  View d_target;   // (N, C, d1..dk), target's dtype
+  void* loss;     // (rows) acc; null: the saved rows are read instead of written
+  Saved* saved;   // (rows)
+  Stats* stats;   // (rows)
+  View grad;      // (N, C, d1..dk), input's dtype
+  View d_target;  // (N, C, d1..dk), target's dtype
   // sizes
   RowDims dims;
   int64_t rows, C;
@@ -103,6 +101,9 @@ struct Team {
 // Rows [begin, end) of a call, on the calling thread. `scratch` holds scratch_bytes(call), aligned to 64 bytes.
 using RowsFunction = void (*)(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team);
 
+// A `RowSums<double>` as 8 numbers joined with that of the part after it; for the tests of formula.inl.h.
+using CombineFunction = void (*)(double* sums, const double* after, bool probs);
+
 // Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on its neighbours.
 bool lanes_across_rows(int64_t C, int64_t class_stride, int row_dims);
 
@@ -115,7 +116,7 @@ struct Refusal {  // why a call was refused: an index outside [0, C)
 // own scratch; the result goes to `loss`, (rows) or one number of `loss_dtype`. Nothing is written when it refuses.
 Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DType loss_dtype, int threads);
 
-// The gradient from what forward left in `call.stats`; `call.scale` is the upstream gradient (times `upstream`).
+// The gradient from what forward left in `call.saved`; `call.scale` is the upstream gradient (times `upstream`).
 Refusal backward(Call call, Reduction reduction, double num_items, int threads);
 
 }  // namespace fused_ce

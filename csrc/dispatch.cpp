@@ -7,9 +7,11 @@ namespace {
 
 bool always() { return true; }
 
-#ifdef FUSED_CE_X86
+#ifdef FUSED_CE_AVX2
 // Every processor with AVX2 converts float16 too; clang does not know how to ask.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+#ifdef FUSED_CE_AVX512
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -17,11 +19,13 @@ bool has_avx512() {
 #endif
 
 const Isa all[] = {
-#ifdef FUSED_CE_X86
-    {"avx512", has_avx512, avx512_rows},
-    {"avx2", has_avx2, avx2_rows},
+#ifdef FUSED_CE_AVX512
+    {"avx512", has_avx512, avx512::rows_functions, avx512::combine_numbers},
 #endif
-    {"base", always, base_rows},
+#ifdef FUSED_CE_AVX2
+    {"avx2", has_avx2, avx2::rows_functions, avx2::combine_numbers},
+#endif
+    {"base", always, base::rows_functions, base::combine_numbers},
 };
 const Isa* chosen = nullptr;
 

@@ -8,15 +8,25 @@ struct Isa {
   const char* name;
   bool (*runs_here)();
   const RowsFunction* rows;  // by DType
+  CombineFunction combine;
 };
 
 const Isa* isas(int* count);     // every compiled one, best first
 const Isa& isa();                // the chosen one; at first the best that runs here
 bool set_isa(const char* name);  // false: not compiled, or does not run here
 
-// Defined in isa/*.cpp.
-extern const RowsFunction* const base_rows;
-extern const RowsFunction* const avx2_rows;
-extern const RowsFunction* const avx512_rows;
+// Defined in isa/*.cpp, for each instruction set.
+namespace base {
+extern const RowsFunction rows_functions[4];
+void combine_numbers(double* sums, const double* after, bool probs);
+}  // namespace base
+namespace avx2 {
+extern const RowsFunction rows_functions[4];
+void combine_numbers(double* sums, const double* after, bool probs);
+}  // namespace avx2
+namespace avx512 {
+extern const RowsFunction rows_functions[4];
+void combine_numbers(double* sums, const double* after, bool probs);
+}  // namespace avx512
 
 }  // namespace fused_ce

@@ -1,14 +1,20 @@
-"""Types of csrc/bindings.cpp. Tensors come as addresses (0: absent) or views, reductions as the numbers in cpu.py."""
+"""Types of csrc/bindings.cpp. Tensors come as views, or as addresses where 0 stands for none."""
 
 from collections.abc import Sequence
 
+from .contract import RowSums
+from .options import Options
+
 View = tuple[int, int, Sequence[int], Sequence[int]]  # address, dtype as in cpu.py, sizes, strides in elements
-KernelOptions = tuple[int, float, float, float, float]  # the first five fields of Options; no softcap: 0
+Given = tuple[
+    View, View, int
+]  # input (N, C, d1..dk) or (C); target (N, d1..dk) or (), or the input's shape; weight (C) acc
+Upstream = tuple[int, float, int]  # (rows) acc of the loss, 0: one for all; what multiplies them; (rows) acc of lse
 
 openmp: bool  # False: built without OpenMP, so on one thread only
 compiler: str
+saved_size: int  # doubles a row
 stats_size: int  # doubles a row
-extras_size: int  # doubles a row
 
 def isa_names() -> list[str]:
     """The instruction sets that this processor can run, best first."""
@@ -19,37 +25,31 @@ def isa() -> str:
 def set_isa(name: str) -> None:
     """Take one of `isa_names()`, as the variable FUSED_CE_ISA does at import. ValueError for any other name."""
 
+def combine(sums: RowSums, after: RowSums, probs: bool, /) -> tuple[float, ...]:
+    """`formula.combine` of numbers, as the instruction set in use compiles it."""
+
 def forward(
-    input: View,  # (N, C, d1..dk) or (C)
-    target: View,  # (N, d1..dk) or (), or the input's shape
-    weight: int,  # (C) acc
-    options: KernelOptions,
-    reduction: int,
+    given: Given,
+    options: Options,
     num_items: float,  # NaN: not given
     scale: float,  # the upstream gradient that grad is made for
-    loss: int,  # () or (N, d1..dk)
-    loss_dtype: int,
+    loss: tuple[int, int],  # address of () or (N, d1..dk), and its dtype
     grad: View | None,  # the input's shape
+    saved: int,  # (rows, saved_size) float64
     stats: int,  # (rows, stats_size) float64
-    extras: int,  # (rows, extras_size) float64
     threads: int,
     /,
 ) -> None:
     """Write the loss, and what else has an address. IndexError for a target out of range."""
 
 def backward(
-    input: View,
-    target: View,
-    weight: int,
-    options: KernelOptions,
-    reduction: int,
+    given: Given,
+    options: Options,
     num_items: float,
-    upstream: int,  # (rows) acc; 0: one for all rows
-    scale: float,  # multiplies it
-    g_lse: int,  # (rows) acc
+    upstream: Upstream,
     grad: View | None,
     d_target: View | None,  # the target's shape
-    stats: int,
+    saved: int,
     threads: int,
     /,
 ) -> None:

@@ -29,6 +29,7 @@ if INTERPRET:
     for _path in Path(launch.__file__).parent.glob("*.py"):
         if _path.stem != "__init__":
             import_module(f"fused_ce.backends.triton.{_path.stem}")
+    import_module("row_sums_kernel")
     del os.environ["TRITON_INTERPRET"]
 
 

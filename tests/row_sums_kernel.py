@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from fused_ce.backends.triton.formula import RowSums, combine
+from fused_ce.backends.triton.formula import combine
+from fused_ce.contract import RowSums
 
 
 @triton.jit

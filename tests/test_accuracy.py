@@ -23,7 +23,7 @@ every_isa = pytest.mark.usefixtures("isa")
 LOGITS = {
     "normal": lambda x, y: x,
     "x10": lambda x, y: x * 10,
-    "around-256": lambda x, y: x * 20 + 256,  # on either side of where csrc/simd.inl.h changes its ways
+    "around-256": lambda x, y: x * 20 + 256,  # on either side of where csrc/simd/math.inl.h changes its ways
     "plus-1000": lambda x, y: x + 1000,
     "margin-15": confident(15),
     "margin-25": confident(25),

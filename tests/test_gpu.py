@@ -64,7 +64,7 @@ def test_tiles_and_fewer_programs(
         grid = tuple(-(-size // 3) for size in grid) if kernel in ("backward", "rescale") else grid
         launch_all(kernel, grid, *args, **meta)
 
-    monkeypatch.setattr(launch, "plan", lambda *arguments: planning.Plan(*tile, 0, 4, 1, 3))
+    monkeypatch.setattr(planning, "plan", lambda *arguments: planning.Plan(*tile, 0, 4, 1, 3))
     monkeypatch.setattr(launch, "_launch", launch_fewer)
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
@@ -105,9 +105,9 @@ def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send every call down one path, in tiles so short that there are many, cut at 16 bytes where rows are odd."""
     forward, multiprocessors = PATHS[path]
     backward = planning.Plan(1, 64, 0, 4, 1, planning.MANY)
-    monkeypatch.setattr(launch, "plan", lambda C, *_: forward(C) if _[-2] else backward)
-    monkeypatch.setattr(launch, "device", lambda tensor: planning.Device(None, multiprocessors, 0, False))
-    monkeypatch.setattr(launch, "ODD", 15)
+    monkeypatch.setattr(planning, "plan", lambda C, *_: forward(C) if _[-2] else backward)
+    monkeypatch.setattr(planning, "device", lambda tensor: planning.Device(None, multiprocessors, 0, False))
+    monkeypatch.setattr(planning, "ODD", 15)
 
 
 @only_triton

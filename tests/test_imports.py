@@ -39,7 +39,7 @@ ARROWS = {
     "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "tiles")},
     "backends.triton.backward": {f"backends.triton.{name}" for name in ("formula", "tiles")},
     "backends.triton.reduce": {"backends.triton.tiles"},
-    "backends.triton.tiles": {"backends.triton.formula"},
+    "backends.triton.tiles": {"backends.triton.formula", "backends.triton.math"},
     "backends.triton.formula": {"backends.triton.math"},
     "backends.triton.math": set(),
 }
@@ -102,7 +102,7 @@ def test_the_map_holds_every_file() -> None:
         pytest.skip("not a checkout")
     house = guide.read_text().partition("## The house")[2].partition("\n## ")[0]
     for path in (*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "csrc").rglob("*.*")):
-        if path.name != "__init__.py":
+        if path.name != "__init__.py" and path.parent.name != "isa":
             assert re.search(rf"\b{path.name.partition('.')[0]}\b", house), path
 
 

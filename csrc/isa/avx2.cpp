@@ -5,11 +5,18 @@
 #define VECTOR_BYTES 32
 namespace fused_ce {
 namespace avx2 {
-#include "../simd.inl.h"
+#include "../simd/vector.inl.h"
 
-#include "../cross_entropy.inl.h"
+#include "../simd/convert.inl.h"
+
+#include "../simd/math.inl.h"
+
+#include "../formula.inl.h"
+
+#include "../along.inl.h"
+
+#include "../strided_rows.inl.h"
 
 #include "../across.inl.h"
 }  // namespace avx2
-const RowsFunction* const avx2_rows = avx2::rows_functions;
 }  // namespace fused_ce

@@ -3,11 +3,18 @@
 #define VECTOR_BYTES 16
 namespace fused_ce {
 namespace base {
-#include "../simd.inl.h"
+#include "../simd/vector.inl.h"
 
-#include "../cross_entropy.inl.h"
+#include "../simd/convert.inl.h"
+
+#include "../simd/math.inl.h"
+
+#include "../formula.inl.h"
+
+#include "../along.inl.h"
+
+#include "../strided_rows.inl.h"
 
 #include "../across.inl.h"
 }  // namespace base
-const RowsFunction* const base_rows = base::rows_functions;
 }  // namespace fused_ce

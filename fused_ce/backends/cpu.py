@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 # After torch, so that the kernels join torch's own OpenMP pool, which torch.set_num_threads governs.
-from ..contract import Call, Forward, Gradients, Stats, Upstream, row_shape
-from ..options import REDUCTIONS, Options
+from ..contract import Call, Forward, Gradients, Schedule, Stats, Upstream
+from ..options import Options
 
 _C: Any
 try:
@@ -26,7 +26,6 @@ if _C is not None and (_forced := os.environ.get("FUSED_CE_ISA")):
 
 _LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}
-_REDUCTIONS = {name: code for code, name in enumerate(REDUCTIONS)}
 _MAX_DIMS = 8
 _PID = os.getpid()
 _CONTIGUOUS = torch.contiguous_format
@@ -59,85 +58,93 @@ def unsupported(call: Call) -> list[str]:
     return reasons
 
 
-def saved_shape(call):
-    return (math.prod(call.row_shape), _C.stats_size)
+def saved_shape(call: Call) -> tuple[int, ...]:
+    """(rows, 4): m, so, q_others and y, the target or under probabilities the largest logit; -1 for an ignored row."""
+    return math.prod(call.row_shape), _C.saved_size
 
 
-def forward(call: Call, schedule) -> Forward:
-    input, target, weight, options = call
+def forward(call: Call, schedule: Schedule) -> Forward:
+    """See `contract.Backend`; a fused gradient needs saved rows only for that of lse."""
+    input, _, weight, options = call
     fused = schedule == "fused"
-    needs_stats = schedule == "recompute" or (fused and options.return_stats)
-    per_row = needs_stats or options.return_stats or options.reduction == "none"
-    shape = row_shape(input) if per_row else ()
-    loss = torch.empty(shape if options.reduction == "none" else (), dtype=options.dtype or input.dtype)
+    saves = schedule == "recompute" or (fused and options.return_stats)
+    dtype, shape = options.dtype or input.dtype, call.row_shape if options.reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype)
     grad = (input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)) if fused else None
-    rows = math.prod(shape)
-    stats = torch.empty((rows, _C.stats_size), dtype=torch.float64) if needs_stats else None
-    extras = torch.empty((rows, _C.extras_size), dtype=torch.float64) if options.return_stats else None
-    weight = _in_acc(weight, input)
+    saved = torch.empty(saved_shape(call), dtype=torch.float64) if saves else None
+    table = None
+    if options.return_stats:
+        table = torch.empty((math.prod(call.row_shape), _C.stats_size), dtype=torch.float64)
+    weight = _in_acc(weight, call)
     _C.forward(
-        _view(input),
-        _view(target),
-        _pointer(weight),
-        *_options(options),
-        1.0 if options.grad_scale is None else _expected(options, loss.dtype),
-        loss.data_ptr(),
-        _DTYPES[loss.dtype],
+        _given(call, weight),
+        options,
+        math.nan if options.num_items is None else float(options.num_items),
+        1.0 if options.grad_scale is None else _expected(options, dtype),
+        (loss.data_ptr(), _DTYPES[dtype]),
         None if grad is None else _view(grad),
-        _pointer(stats),
-        _pointer(extras),
+        _pointer(saved),
+        _pointer(table),
         torch.get_num_threads(),
     )
-    return Forward(loss, grad, stats, None if extras is None else _by_torch(lambda: _extras(extras, shape, input)))
+    return Forward(loss, grad, saved, None if table is None else _by_torch(lambda: _stats(table, call)))
 
 
-def backward(call, grad, saved, upstream, keep, wants_target):
+def backward(
+    call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
+) -> Gradients:
+    """See `contract.Backend`."""
     input, target, weight, options = call
-    stats = saved
-    grad_output, g_lse = upstream
-    one_for_all = grad_output.dim() == 0
-    upstream = grad_output.item() if one_for_all else 1.0
+    one_for_all = upstream.loss.dim() == 0
+    scale = upstream.loss.item() if one_for_all else 1.0
     if grad is not None:
-        expected = _expected(options, grad_output.dtype)
-        if upstream == expected:
-            return Gradients(_scaled(grad, 1.0, keep) if keep else grad, None)
-        scales = expected != 0 and math.isfinite(expected)  # a grad_scale may have left the loss's dtype
-        ratio = upstream / expected if scales else math.nan
-        # One more rounding; or none, for a power of two and the exponents of bfloat16.
-        exact = grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5)
-        if (grad.itemsize > 2 and scales) or exact:
-            return Gradients(_scaled(grad, ratio, keep), None)
-        # Once more, for what has come; the first was right only for what was expected.
-        options = options._replace(grad_scale=upstream, return_stats=False)
-        dx = forward(call._replace(options=options), "fused")[1]
-        assert dx is not None
-        return Gradients(dx, None)
-    assert input is not None
+        if rescales_exactly(grad, options, upstream.loss):
+            return Gradients(rescale(grad, options, upstream.loss, keep))
+        # Once more, for what has come: the first was right only for what was expected.
+        options = options._replace(grad_scale=scale, return_stats=False)
+        again = forward(call._replace(options=options), "fused").grad
+        assert again is not None
+        return Gradients(again)
     dx = input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)
     dt = torch.empty_like(target, memory_format=_CONTIGUOUS) if wants_target else None
-    weight = _in_acc(weight, input)
-    rows = None if one_for_all else _in_acc(grad_output, input)
-    g_lse = _in_acc(g_lse, input)
+    weight = _in_acc(weight, call)
+    of_rows = None if one_for_all else _in_acc(upstream.loss, call)
+    of_lse = _in_acc(upstream.lse, call)
     _C.backward(
-        _view(input),
-        _view(target),
-        _pointer(weight),
-        *_options(options),
-        _pointer(rows),
-        upstream,
-        _pointer(g_lse),
+        _given(call, weight),
+        options,
+        math.nan if options.num_items is None else float(options.num_items),
+        (_pointer(of_rows), scale, _pointer(of_lse)),
         _view(dx),
         None if dt is None else _view(dt),
-        _pointer(stats),
+        _pointer(saved),
         torch.get_num_threads(),
     )
     return Gradients(dx, dt)
 
 
-def rescale(grad, options, upstream, keep):
-    u, expected = upstream.item(), _expected(options, upstream.dtype)
-    scales = expected != 0 and math.isfinite(expected)
-    return _scaled(grad, u / expected if scales else math.nan, keep)
+def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
+    """See `contract.Backend`."""
+    ratio = _ratio(options, upstream)
+    if ratio == 1.0 and not keep:
+        return grad
+    return _by_torch(lambda: grad * ratio if keep else grad.mul_(ratio))
+
+
+def rescales_exactly(grad: Tensor, options: Options, upstream: Tensor) -> bool:
+    """Whether `rescale` loses nothing: no rounding, or one of float32 and float64."""
+    ratio = _ratio(options, upstream)
+    # A power of two costs no rounding in bfloat16, whose exponents are those of float32.
+    exact = ratio == 1.0 or (grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5))
+    return exact or (grad.itemsize > 2 and not math.isnan(ratio))
+
+
+def _ratio(options: Options, upstream: Tensor) -> float:
+    """The upstream gradient in units of the expected one; NaN where its dtype cannot hold that (0, inf)."""
+    given, expected = upstream.item(), _expected(options, upstream.dtype)
+    if given == expected:
+        return 1.0
+    return given / expected if expected != 0 and math.isfinite(expected) else math.nan
 
 
 def _expected(options: Options, dtype: torch.dtype) -> float:
@@ -159,15 +166,15 @@ def _by_torch(work: Callable[[], T]) -> T:
         torch.set_num_threads(threads)
 
 
-def _scaled(grad: Tensor, ratio: float, keep: bool) -> Tensor:
-    return _by_torch(lambda: grad * ratio if keep else grad.mul_(ratio))
-
-
-def _extras(table: Tensor, shape: tuple[int, ...], input: Tensor) -> Stats:  # (rows, 4) float64
+def _stats(table: Tensor, call: Call) -> Stats:  # (rows, 4) float64
     """The C++ struct's fields lse, z_loss, entropy, argmax as tensors of their own."""
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-    lse, z_loss, entropy = (table[:, i].to(acc, copy=True).reshape(shape) for i in range(3))
+    shape = call.row_shape
+    lse, z_loss, entropy = (table[:, i].to(call.acc, copy=True).reshape(shape) for i in range(3))
     return Stats(lse, z_loss, table[:, 3].view(torch.int64).clone().reshape(shape), entropy)
+
+
+def _given(call: Call, weight: Tensor | None) -> tuple[Any, Any, int]:
+    return _view(call.input), _view(call.target), _pointer(weight)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -178,17 +185,7 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
-def _in_acc(tensor: Tensor | None, input: Tensor) -> Tensor | None:
+def _in_acc(tensor: Tensor | None, call: Call) -> Tensor | None:
     if tensor is None:
         return None
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return _by_torch(lambda: tensor.detach().to(acc).contiguous().resolve_neg())
-
-
-def _options(options: Options) -> tuple[Any, ...]:
-    smoothing = options.label_smoothing if options.label_smoothing > 0 else 0.0
-    return (
-        (options.ignore_index, smoothing, options.logit_scale, options.softcap or 0.0, options.lse_square_scale),
-        _REDUCTIONS[options.reduction],
-        math.nan if options.num_items is None else float(options.num_items),
-    )
+    return _by_torch(lambda: tensor.detach().to(call.acc).contiguous().resolve_neg())

@@ -189,7 +189,7 @@ def read_sums(parts, at, like, mask):
     for i in tl.static_range(len(like)):
         value = tl.load(parts + at * len(like) + i, mask=mask, other=0.0)
         numbers += (value.to(like[i].dtype),)  # type: ignore[assignment]
-    return RowSums(*numbers)
+    return RowSums(*numbers)  # type: ignore[call-arg]
 
 
 @triton.jit

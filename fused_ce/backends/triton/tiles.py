@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .formula import exp, finite, row_grad, target_grad, transform
+from .formula import finite, row_grad, target_grad, transform
+from .math import exp
 
 
 class RowGroup(NamedTuple):

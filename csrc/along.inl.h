@@ -1,0 +1,246 @@
+// Rows whose classes lie side by side: the lanes of a vector are classes, and a row is taken in blocks that stay in the
+// L1 cache. No block waits for another, and a row's bits are the same however many threads share it.
+// Included inside a namespace, once for each instruction set: nothing may be #included here.
+
+constexpr int64_t BLOCK = 2048;  // classes
+
+// Vectors summed in acc before they join a total that keeps what is rounded off: a long run of equal terms would be
+// rounded the same way every time.
+constexpr int64_t RUN = 8;
+
+// Calls f(x, z, class, lanes in use, turn) for the vectors of a block. z past the end holds `fill`, put there after the
+// transform: a softcap would turn a padding of -inf into -s. turn alternates, so that callers keep two independent
+// sums.
+template <class F, class Function>
+INLINE void for_each_vector(const typename F::T* x, int64_t begin, int64_t end, const Options& o, typename F::A fill,
+                            Function f) {
+  TYPES(F);
+  const auto whole = [&](int64_t c, int turn) LAMBDA {
+    const V x_c = load(x + c);
+    f(x_c, transform<F>(x_c, o), c, F::lanes, turn);
+  };
+  int64_t c = begin;
+  for (; c + 2 * F::lanes <= end; c += 2 * F::lanes) whole(c, 0), whole(c + F::lanes, 1);
+  if (c + F::lanes <= end) whole(c, 0), c += F::lanes;
+  if (c < end) {
+    const V x_c = load_first(x + c, end - c);
+    f(x_c, keep_first<A>(transform<F>(x_c, o), end - c, fill), c, int(end - c), 1);
+  }
+}
+
+// The largest logit, which is left out of the sum when no target is named; a NaN counts as largest, as in torch.
+template <class F> int64_t largest(const typename F::T* x, int64_t C, const Options& options) {
+  TYPES(F);
+  const Options o = options;
+  const V minus_inf = splat(-A(__builtin_inff()));
+  A best = minus_inf[0];
+  int64_t from = 0, y = -1;
+  for (int64_t begin = 0; begin < C && best == best; begin += BLOCK) {
+    V most[2] = {minus_inf, minus_inf}, nan = {};  // nan: 0, or a NaN
+    for_each_vector<F>(x, begin, begin + BLOCK < C ? begin + BLOCK : C, o, minus_inf[0],
+                       [&](V, V z, int64_t, int, int turn) LAMBDA {
+                         most[turn] = max(z, most[turn]);
+                         nan = z == z ? nan : z;
+                       });
+    const A m = lane_max<A>(max(most[0], most[1])), sum = A(lane_sum(nan, V{}));
+    if (m > best || sum != sum) best = sum != sum ? sum : m, from = begin;
+  }
+  for_each_vector<F>(x, from, from + BLOCK < C ? from + BLOCK : C, o, A(0), [&](V, V z, int64_t c, int n, int) LAMBDA {
+    const V hit = (best == best ? z == best : z != z) ? splat(A(1)) : V{};
+    if (y >= 0 || lane_max<A>(hit) == 0) return;
+    for (int i = n - 1; i >= 0; i--) y = hit[i] != 0 ? c + i : y;
+  });
+  return y;
+}
+
+// One row of a call.
+template <class F> struct AlongRow {
+  const typename F::T* x;
+  typename F::T* dx;  // null: no gradient is wanted
+  int64_t t_offset, dt_offset;
+  int64_t y;
+  typename F::V x_y;  // in lane 0
+  double z_y, q_y;
+};
+
+// What one block leaves: its sums, and what its kept exponentials are relative to.
+struct BlockSums {
+  RowSums<double> sums;
+  double shift;
+};
+
+// The sums of the classes [begin, end); KEEP: their exponentials too.
+template <class F, bool KEEP>
+BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& call, int64_t begin, int64_t end) {
+  TYPES(F);
+  const A inf = A(__builtin_inff());
+  const Options o = call.options;
+  const bool wants_stats = call.stats;
+  const T* const x = row.x;
+  const int64_t y = row.y;
+  V most[2] = {splat(-inf), splat(-inf)};
+  for_each_vector<F>(x, begin, end, o, -inf,
+                     [&](V, V z, int64_t, int, int turn) LAMBDA { most[turn] = max(z, most[turn]); });
+  const A m = lane_max<A>(max(most[0], most[1])), top = finite(m);
+  const Shifted<A> shifted(top);
+  V total[4] = {}, lost[4] = {};  // of so, q_others, q_drop, e_drop
+  A q[F::DENSE ? BLOCK : 1];
+  if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
+  for (int64_t run = begin; run < end; run += 2 * RUN * F::lanes) {
+    LaneSums<F> sums;
+    const int64_t run_end = run + 2 * RUN * F::lanes < end ? run + 2 * RUN * F::lanes : end;
+    for_each_vector<F>(x, run, run_end, o, -inf, [&](V, V z, int64_t c, int n, int turn) LAMBDA {
+      __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
+      V q_c = {}, drop = {};
+      if constexpr (F::DENSE) q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
+      if (F::DENSE || wants_stats) drop = keep_first<A>(top - z, n, A(0));
+      if (c <= y && y < c + n) {
+        const auto is_y = lane_is<I>(y - c);
+        q_c = is_y ? V{} : q_c;
+        drop = is_y ? V{} : drop;
+        z = is_y ? splat(-inf) : z;
+      }
+      const V e_c = shifted.exp(z);
+      row_lse<F>(sums, e_c, q_c, drop, turn, wants_stats);
+      if constexpr (KEEP) {
+        if (n == F::lanes) store(kept + c, e_c);
+        else store_first(kept + c, e_c, n);
+      }
+    });
+    add(total[0], lost[0], sums.so[0] + sums.so[1]);
+    if constexpr (F::DENSE) add(total[1], lost[1], sums.q_others), add(total[2], lost[2], sums.q_drop);
+    if (wants_stats) add(total[3], lost[3], sums.e_drop);
+  }
+  const bool holds_y = begin <= y && y < end;
+  const double shift = m == -inf ? double(m) : shifted.shift, factor = exp_of(shift - double(top));
+  return {{m, lane_sum(total[0], lost[0]) * factor, holds_y ? row.z_y : -infinity_of(0.0), holds_y ? row.q_y : 0,
+           lane_sum(total[1], lost[1]), lane_sum(total[2], lost[2]), lane_sum(total[3], lost[3]) * factor, -1},
+          shift};
+}
+
+// The gradient of the classes [begin, end), from what block_sums kept or (KEPT false) from the logits once more.
+template <class F, bool KEPT>
+void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row, double m,
+                const GradFactors<double, double>& factors, const Call& call, int64_t begin, int64_t end) {
+  TYPES(F);
+  const Options o = call.options;
+  const T* const x = row.x;
+  T* const dx = row.dx;
+  const Shifted<A> shifted{A(m)};
+  const bool capped = F::CHANGED && o.softcap > 0;
+  const double k = capped ? 1 : o.logit_scale;  // without a softcap dz/dx is the same number everywhere
+  const A p_scale = A(k * factors.p_scale * __builtin_exp((KEPT ? shift : shifted.shift) - m));
+  const A scale = A(k * factors.scale);
+  A q[F::DENSE ? BLOCK : 1];
+  if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
+  for_each_vector<F>(x, begin, end, o, A(0), [&](V x_c, V z, int64_t c, int n, int) LAMBDA {
+    const bool whole = n == F::lanes;
+    V e_c, q_c = {};
+    if constexpr (KEPT) e_c = whole ? load(kept + c) : load_first(kept + c, n);
+    else e_c = shifted.exp(z);
+    if constexpr (F::DENSE) q_c = whole ? load(q + c - begin) : load_first(q + c - begin, n);
+    const V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, capped, [&]() LAMBDA { return transform_grad<F>(x_c, o); });
+    if (whole) store(dx + c, dx_c);
+    else store_first(dx + c, dx_c, n);
+  });
+  if (begin <= row.y && row.y < end) store_first(dx + row.y, A(factors.dz_y) * transform_grad<F>(row.x_y, o), 1);
+}
+
+// d loss / d t_c = (1 - e) w_c (lse - z_c), for probabilities that ask for a gradient.
+template <class F>
+void block_target_grad(const AlongRow<F>& row, const RowTerms<double, double>& terms, double scale, const Call& call,
+                       int64_t begin, int64_t end) {
+  TYPES(F);
+  const A* w = static_cast<const A*>(call.weight);
+  const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(terms.lse_m), m = A(terms.sums.m);
+  A dt[BLOCK];
+  for_each_vector<F>(row.x, begin, end, call.options, A(0), [&](V, V z, int64_t c, int n, int) LAMBDA {
+    V result = target_grad(z, lse_m, m, share);
+    if (w) result *= n == F::lanes ? load(w + c) : load_first(w + c, n);
+    store_first(dt + c - begin, result, n);
+  });
+  write_elements(call.d_target.data, call.d_target.dtype, row.dt_offset + begin * call.d_target.class_stride,
+                 call.d_target.class_stride, dt, end - begin);
+}
+
+template <class A> void write_row(const Call& call, int64_t row, double loss, const Saved& saved) {
+  static_cast<A*>(call.loss)[row] = A(loss);
+  if (call.saved) call.saved[row] = saved;
+}
+
+// Loss and gradient 0 whatever the logits hold: they are not even read.
+template <class A> void write_ignored(const Call& call, int64_t row) {
+  if (call.loss) write_row<A>(call, row, 0, Saved{0, 0, 0, -1});
+  if (call.stats) call.stats[row] = Stats{0, 0, 0, -1};
+}
+
+// Each row by the whole team: its members take blocks, and wait for each other where one reads what another wrote.
+template <class F> void along_rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {
+  TYPES(F);
+  const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
+  const int64_t C = call.C, count = (C + BLOCK - 1) / BLOCK;
+  A* const spare = static_cast<A*>(scratch);
+  BlockSums* const parts = reinterpret_cast<BlockSums*>(spare + (C + F::lanes - 1) / F::lanes * F::lanes);
+  const bool first = team.rank == 0;
+  const auto my_blocks = [&](auto work) LAMBDA {
+    for (int64_t b = count * team.rank / team.size; b < count * (team.rank + 1) / team.size; b++)
+      work(b, b * BLOCK, b * BLOCK + BLOCK < C ? b * BLOCK + BLOCK : C);
+  };
+  for (int64_t i = begin; i < end; i++) {
+    AlongRow<F> row;
+    row.x = static_cast<const T*>(call.input.data) + call.dims.offset(call.input, i);
+    row.dx = call.grad.data ? static_cast<T*>(call.grad.data) + call.dims.offset(call.grad, i) : nullptr;
+    row.t_offset = call.probs ? call.dims.offset(call.target, i) : 0;
+    row.dt_offset = call.d_target.data ? call.dims.offset(call.d_target, i) : 0;
+    row.y = call.probs ? 0 : call.target_at(call.dims.offset(call.target, i));
+    if (!call.probs && row.y == call.options.ignore_index) {
+      if (first) write_ignored<A>(call, i);
+      if (first && row.dx) __builtin_memset(row.dx, 0, C * sizeof(T));
+      continue;
+    }
+    const int64_t top = call.loss && (call.probs || (call.stats && first)) ? largest<F>(row.x, C, call.options) : 0;
+    if (call.probs) row.y = call.loss ? top : int64_t(call.saved[i].y);
+    row.x_y = load_first(row.x + row.y, 1);  // before anyone writes dx, which may be x
+    row.z_y = transform<F>(row.x_y, call.options)[0];
+    row.q_y = double(own_q<A>(call, row.y));
+    if constexpr (F::DENSE) {
+      A spread;
+      spread_q(&spread, call, row.t_offset, row.y, row.y + 1);
+      row.q_y += double(spread);
+    }
+    // Where dx has room for acc and x is not needed again, the exponentials wait in it for their factor.
+    const bool in_dx = sizeof(T) == sizeof(A) && !(F::CHANGED && call.options.softcap > 0);
+    const bool keep = call.loss && row.dx;
+    A* const kept = in_dx ? reinterpret_cast<A*>(row.dx) : spare;
+    team.wait();
+    if (call.loss)
+      my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
+        parts[b] =
+            keep ? block_sums<F, true>(kept, row, call, from, to) : block_sums<F, false>(nullptr, row, call, from, to);
+      });
+    team.wait();
+    RowSums<double> sums = {};
+    if (call.loss) {
+      sums = parts[0].sums;
+      for (int64_t b = 1; b < count; b++) sums = combine(sums, parts[b].sums, false);
+    } else {
+      const Saved& saved = call.saved[i];
+      sums.m = saved.m, sums.so = saved.so, sums.q_others = saved.q_others;
+      sums.z_y = row.z_y, sums.q_y = row.q_y;
+    }
+    const RowTerms<double, double> terms(sums);
+    if (call.loss && first)
+      write_row<A>(call, i, row_loss(terms, call), Saved{sums.m, sums.so, sums.q_others, double(row.y)});
+    if (call.stats && first)
+      call.stats[i] = row_stats(sums.m, terms.lse_m, row_entropy(terms), call.options.lse_square_scale, top);
+    const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);
+    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0);
+    my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
+      if (call.d_target.data) block_target_grad<F>(row, terms, scale, call, from, to);
+      if (!row.dx) return;
+      if (keep) block_grad<F, true>(kept, parts[b].shift, row, sums.m, factors, call, from, to);
+      else block_grad<F, false>(nullptr, 0, row, sums.m, factors, call, from, to);
+    });
+    team.wait();
+  }
+}

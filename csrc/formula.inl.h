@@ -1,0 +1,198 @@
+// The functions of formula.py, same names, same letters, same order, for vectors. What differs is the machine: the
+// lanes of a vector are classes of one row (along.inl.h) or rows side by side (across.inl.h), and what is known of a
+// row is a double in the first case and a vector in the second. Included inside a namespace, once for each instruction
+// set: nothing may be #included here.
+
+// What is settled at compile time: the element type, whether z is more than x (CHANGED: a scale or a softcap), whether
+// q is more than one class.
+template <class T_, bool CHANGED_, bool DENSE_> struct Traits {
+  typedef T_ T;
+  typedef typename Simd<T>::A A;
+  typedef typename Simd<T>::V V;
+  typedef typename Simd<T>::I I;
+  static constexpr bool CHANGED = CHANGED_, DENSE = DENSE_;
+  static constexpr int lanes = Constants<A>::lanes;
+};
+
+#define TYPES(F) \
+  typedef typename F::T T; \
+  typedef typename F::A A; \
+  typedef typename F::V V; \
+  typedef typename F::I I; \
+  static_assert(sizeof(V) == sizeof(I)); \
+  static_assert(sizeof(T) <= sizeof(A))
+
+#define LAMBDA __attribute__((always_inline))
+
+// [1] transform
+template <class F> INLINE typename F::V transform(typename F::V x, const Options& o) {
+  TYPES(F);
+  if constexpr (!F::CHANGED) return x;
+  const V z = x * A(o.logit_scale);
+  return o.softcap > 0 ? A(o.softcap) * tanh<A>(z * A(1 / o.softcap)) : z;
+}
+
+// [2] transform_grad
+template <class F> INLINE typename F::V transform_grad(typename F::V x, const Options& o) {
+  TYPES(F);
+  const V k = splat(A(o.logit_scale));
+  return F::CHANGED && o.softcap > 0 ? k * sech2<A>(x * k * A(1 / o.softcap)) : k;
+}
+
+// What a part of a row leaves: see contract.RowSums. `N` is double for one row, or a vector for a row in each lane.
+template <class N> struct RowSums { N m, so, z_y, q_y, q_others, q_drop, e_drop, argmax; };
+
+// The sums that take a part's classes one vector after another. so alternates between two, so that one addition need
+// not wait for the other.
+template <class F> struct LaneSums { typename F::V so[2] = {}, q_others = {}, q_drop = {}, e_drop = {}; };
+
+// [3] row_lse
+// Adds classes: e_c = exp(z - m) and drop = m - z. For y, and for lanes that hold no class, e_c, q_c and drop are 0.
+template <class F>
+INLINE void row_lse(LaneSums<F>& sums, typename F::V e_c, typename F::V q_c, typename F::V drop, int turn,
+                    bool wants_stats) {
+  sums.so[turn] += e_c;
+  if constexpr (F::DENSE) {
+    sums.q_others += q_c;
+    sums.q_drop += q_c * drop;
+  }
+  if (wants_stats) sums.e_drop += e_c == 0 ? e_c : e_c * drop;
+}
+
+// m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN.
+template <class N> INLINE N finite(N m) { return m == -infinity_of(m) ? N{} : m; }
+
+// The sums of a part as they are relative to the m of the whole row.
+template <class N> INLINE RowSums<N> rescale(RowSums<N> part, N m) {
+  const N rise = finite(m) - finite(part.m), shrink = exp_of(part.m - finite(m));
+  part.m = m;
+  part.q_drop += part.q_others * rise;
+  part.e_drop = (part.e_drop + part.so * rise) * shrink;
+  part.so *= shrink;
+  return part;
+}
+
+// The lower of two parts that each left out a largest class of their own: its y joins the other classes.
+template <class N> INLINE RowSums<N> put_back(RowSums<N> part) {
+  const N y_drop = finite(part.m) - part.z_y;
+  part.so += exp_of(-y_drop);
+  part.q_others += part.q_y;
+  part.q_drop += part.q_y * y_drop;
+  part.z_y = -infinity_of(part.m);
+  part.q_y = N{};
+  return part;
+}
+
+// The sums of two parts of a row, the first before the second; `probs`: each left out a largest class of its own.
+template <class N> INLINE RowSums<N> combine(RowSums<N> a, RowSums<N> b, bool probs) {
+  const bool higher = b.m > a.m;
+  const N m = higher ? b.m : a.m;
+  if (probs) (higher ? a : b) = put_back(higher ? a : b);
+  // The part that holds m is relative to it already.
+  (higher ? a : b) = rescale(higher ? a : b, m);
+  const bool takes_a = a.z_y > b.z_y || a.z_y != a.z_y;  // a NaN of y's wins
+  return {m,
+          a.so + b.so,
+          takes_a ? a.z_y : b.z_y,
+          a.q_y + b.q_y,
+          a.q_others + b.q_others,
+          a.q_drop + b.q_drop,
+          a.e_drop + b.e_drop,
+          higher ? b.argmax : a.argmax};
+}
+
+// What the loss and the gradient of a row are made from, once its sums are known.
+template <class N, class A> struct RowTerms {
+  RowSums<N> sums;
+  N e_y, lse_m;  // exp(z_y - m), lse - m
+
+  INLINE explicit RowTerms(const RowSums<N>& sums) : sums(sums) {
+    e_y = exp_of(sums.z_y - sums.m);
+    lse_m = log1p_of(sums.so + (e_y - 1));
+  }
+};
+
+// [4] row_loss
+template <class N, class A> INLINE N row_loss(const RowTerms<N, A>& row, const Call& call) {
+  const RowSums<N>& sums = row.sums;
+  const A L = A(call.L);
+  N loss = sums.q_y * (row.lse_m + (sums.m - sums.z_y));
+  if (call.probs || call.options.label_smoothing > 0) loss += sums.q_others * row.lse_m + sums.q_drop;
+  if (L != 0) loss += L * (sums.m + row.lse_m) * (sums.m + row.lse_m);
+  return loss;
+}
+
+// What a row's gradient needs: dz_c = p_scale exp(z_c - m) - scale q_c, and dz_y on its own.
+template <class N, class A> struct GradFactors {
+  N p_scale, scale, dz_y;
+
+  INLINE GradFactors(const RowTerms<N, A>& row, const Call& call, N scale, N g_lse) : scale(scale) {
+    const RowSums<N>& sums = row.sums;
+    const A L = A(call.L);
+    const N inverse = 1 / (sums.so + row.e_y);
+    N others = scale * sums.q_others + g_lse;
+    if (L != 0) others += 2 * L * scale * (sums.m + row.lse_m);
+    p_scale = (others + scale * sums.q_y) * inverse;
+    dz_y = others * (row.e_y * inverse) - scale * sums.q_y * (sums.so * inverse);
+  }
+};
+
+// [5] row_grad
+// dx of classes other than y; slope() is dz/dx, asked for where it is not the same number everywhere.
+template <class F, class P, class Slope>
+INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P scale, bool capped, Slope slope) {
+  typename F::V dx = p_scale * e_c;
+  if constexpr (F::DENSE) dx -= scale * q_c;
+  if (capped) dx *= slope();
+  return dx;
+}
+
+// The gradient of a probability; `share` is the upstream gradient times 1 - e.
+template <class N, class V, class P> INLINE V target_grad(V z, N lse_m, N m, P share) {
+  return share * (lse_m + (m - z));
+}
+
+template <class N, class A> INLINE N row_entropy(const RowTerms<N, A>& row) {
+  const RowSums<N>& sums = row.sums;
+  const N y_drop = row.e_y == 0 ? row.e_y : row.e_y * (sums.m - sums.z_y);
+  return row.lse_m + (sums.e_drop + y_drop) / (sums.so + row.e_y);
+}
+INLINE Stats row_stats(double m, double lse_m, double entropy, double L, int64_t argmax) {
+  const double lse = m + lse_m;
+  return {lse, L == 0 ? 0.0 : L * lse * lse, entropy, argmax};
+}
+
+// The share of q that a class index has of its own.
+template <class A> A own_q(const Call& call, int64_t y) {
+  const A* w = static_cast<const A*>(call.weight);
+  return call.probs ? A(0) : A(1 - call.options.label_smoothing) * (w ? w[y] : A(1));
+}
+
+// The spread part of q for classes [begin, end) of a row: w_c ((1 - e) t_c + e / C), t = 0 under class indices.
+template <class A> void spread_q(A* q, const Call& call, int64_t t_offset, int64_t begin, int64_t end) {
+  const double e = call.options.label_smoothing;
+  const A u = A(e / double(call.C)), share = A(1 - e);
+  const A* w = static_cast<const A*>(call.weight);
+  if (call.probs)
+    read_elements(q, call.target.data, call.target.dtype, t_offset + begin * call.target.class_stride,
+                  call.target.class_stride, end - begin);
+  constexpr int lanes = Constants<A>::lanes;
+  for (int64_t i = 0; i < end - begin; i += lanes) {
+    const int64_t n = end - begin - i < lanes ? end - begin - i : lanes;
+    const bool whole = n == lanes;
+    auto q_c = splat(u);
+    if (call.probs) q_c += share * (whole ? load(q + i) : load_first(q + i, n));
+    if (w) q_c *= whole ? load(w + begin + i) : load_first(w + begin + i, n);
+    if (whole) store(q + i, q_c);
+    else store_first(q + i, q_c, n);
+  }
+}
+
+void combine_numbers(double* sums, const double* after, bool probs) {
+  RowSums<double> a, b;
+  static_assert(sizeof a == 8 * sizeof(double));
+  __builtin_memcpy(&a, sums, sizeof a);
+  __builtin_memcpy(&b, after, sizeof b);
+  a = combine(a, b, probs);
+  __builtin_memcpy(sums, &a, sizeof a);
+}
