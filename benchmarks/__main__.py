@@ -1,8 +1,7 @@
-"""`python -m benchmarks`, which `make bench` calls: the same as `python benchmarks/cross_entropy.py`."""
+"""`python -m benchmarks`, which `make bench` calls: the same as `python -m benchmarks.cross_entropy`."""
 
-import runpy
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-runpy.run_module("cross_entropy", run_name="__main__", alter_sys=True)
+from cross_entropy import main
+
+sys.exit(main())

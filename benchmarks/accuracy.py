@@ -24,8 +24,8 @@ from report import machine
 from torch import Tensor
 
 import fused_ce
-from fused_ce import reference
-from fused_ce.dispatch import BACKENDS
+from fused_ce.backends import cpu, reference, triton
+from fused_ce.contract import Call
 from fused_ce.options import Options
 
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
@@ -78,9 +78,9 @@ def measure(dtype_name: str, C: int, logits: str, names: Iterable[str]) -> Itera
     for few in (False, True):
         if few:
             x, target = x[:INTERPRETED_ROWS], target[:INTERPRETED_ROWS]
-        exact = x.double(), target, None
-        exact_losses = reference.cross_entropy(*exact, Options(reduction="none"))
-        exact_grad, _ = reference.backward(Call(*exact, Options()), None, None, Upstream(torch.ones(()).double()), True, False)
+        rows = Call(x.double(), target, None, Options(reduction="none"))
+        exact_losses = reference.forward(rows, "loss").loss
+        exact_grad = reference.forward(rows._replace(options=Options()), "fused").grad
         for name in names:
             if (name == "triton") != few or (few and C not in INTERPRETED):
                 continue
@@ -122,18 +122,18 @@ def backend(name: str) -> str:
     """Sets what `name` needs to run."""
     backend, _, isa = name.partition(" ")
     if isa:
-        BACKENDS[backend]._C.set_isa(isa)  # type: ignore[attr-defined]
+        cpu._C.set_isa(isa)
     os.environ["TRITON_INTERPRET"] = "1" if backend == "triton" else "0"
     return backend
 
 
 def implementations(dtype: str) -> list[str]:
-    C = BACKENDS["cpu"]._C
     names = ["torch"] if dtype == "float32" else ["torch", "torch on float32"]
-    names += [f"cpu {isa}" for isa in (C.isa_names() if C else [])]
+    names += [f"cpu {isa}" for isa in (cpu._C.isa_names() if cpu._C else [])]
     if find_spec("triton") is not None and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported
-        import_module("fused_ce.kernels")
+        for module in Path(triton.__file__).parent.glob("[!_]*.py"):
+            import_module(f"{triton.__name__}.{module.stem}")
         # The interpreter cuts float32 off to make bfloat16, where a GPU rounds: its figure would be of no use.
         names += ["triton"] if dtype != "bfloat16" else []
     return names
@@ -184,7 +184,7 @@ Each cell: share of the gradient's elements that are correctly rounded / largest
 largest error of a row's loss; the worst of all problems of its line. Errors are in ULP, the spacing of the numbers of
 the gradient's dtype at the exact value (below the smallest normal number, the spacing there), and of float32 for the
 loss, which fused_ce was asked for in float32 (`dtype=torch.float32`). Correctly rounded: at most half an ULP away.
-Exact: `fused_ce/reference.py` in float64, which tests/test_reference.py holds against 320 decimals. Not counted as an
+Exact: `fused_ce/formula.py` in float64, which tests/test_reference.py holds against 320 decimals. Not counted as an
 error, for anyone: a probability below exp(-87.3) = 1.2e-38, about float32's smallest normal number, that became 0.
 
 torch: `F.cross_entropy` on the same logits; its loss for 16-bit logits is rounded to 16 bits. torch on float32: the

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_ce import cpu, cross_entropy, dispatch
+from fused_ce import cross_entropy
+from fused_ce.backends import cpu, dispatch
+from fused_ce.contract import Call
 from fused_ce.options import Options
 
 
@@ -113,8 +115,8 @@ def numpy(problem: Problem) -> Peer:
 
 
 def fused_ce(problem: Problem, isa: str | None = None) -> Peer:
-    options = Options(reduction=problem.reduction)
-    chosen = dispatch.choose(problem.input, problem.target, None, options, None)
+    call = Call(problem.input, problem.target, None, Options(reduction=problem.reduction))
+    chosen = dispatch.choose(call, None)
     if chosen is None:
         raise Unable("no backend of fused_ce takes this call here; python -m fused_ce says why")
     name = next(name for name, backend in dispatch.BACKENDS.items() if backend is chosen)

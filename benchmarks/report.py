@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import fused_ce
+from fused_ce.backends import cpu
 
 BOUND = "copy_ (bound)"
 LEGEND = """\
@@ -60,7 +60,6 @@ class Row:
 
 
 def machine(device: str) -> dict[str, Any]:
-    C = fused_ce.dispatch.BACKENDS["cpu"]._C
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
@@ -68,7 +67,7 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
-        "instruction_set": C.isa() if C else "none: the C++ kernels are not built",
+        "instruction_set": cpu._C.isa() if cpu._C else "none: the C++ kernels are not built",
         "huge_pages": huge_pages(),
         "python": platform.python_version(),
     }
@@ -88,7 +87,8 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    here = str(Path(__file__).parent)
+    """Of the fused_ce that was imported, which need not be the one beside this file."""
+    here = str(Path(cpu.__file__).parent)
     described = output("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return described or os.environ.get("COMMIT", "none")
 

@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 import fused_ce
-from fused_ce import dispatch
+from fused_ce.backends import dispatch
+from fused_ce.contract import Call
 from fused_ce.options import Options
 
 COMPARED_ON = 1000  # digits whose gradients are compared
@@ -48,9 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         f"lr {options.lr:g}, batches of {options.batch_size}, {options.epochs} epochs, seed {options.seed}"
     )
     with torch.no_grad():
-        backend = dispatch.choose(reset[0].logits(digits.x[:2]), digits.y[:2], None, Options(), None)
-    name = "torch's own operators" if backend is None else f"its {backend.__name__.split('.')[-1]} kernels"
-    console.print(f"{settings}.\nfused_ce {fused_ce.__version__} runs {name}; torch {torch.__version__}.\n")
+        chosen = dispatch.choose(Call(reset[0].logits(digits.x[:2]), digits.y[:2], None, Options()), None)
+    kernels = [f"its {name} kernels" for name, backend in dispatch.BACKENDS.items() if backend is chosen]
+    runs = kernels[0] if kernels else "torch's own operators"
+    console.print(f"{settings}.\nfused_ce {fused_ce.__version__} runs {runs}; torch {torch.__version__}.\n")
 
     _train(console, reset + posted, digits, held_out, options)
 
