@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fused_ce.backends.triton.formula import combine
 from fused_ce.contract import RowSums
 
