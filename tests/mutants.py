@@ -1,0 +1,132 @@
+"""Breaks lines on purpose, one at a time, in a copy of the checkout, and shows which test sees it.
+
+    python tests/mutants.py            # all of them, some 20 minutes
+    python tests/mutants.py formula    # those whose file, or test, has this word in it
+
+A mutant that survives is a line that no test guards: the program then ends with 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    file: str
+    line: str  # stands once in the file
+    mutation: str
+    test: str  # arguments of pytest: what goes red
+
+
+PYTHON = [
+    # The gate
+    ("fused_ce/gate.py", "if _torch.transforms_active() or _torch.dual_level_active():", "if False:", "tests/test_autograd.py"),
+    ("fused_ce/gate.py", "(not compiling and _torch.is_watched())", "False", "tests/test_contract.py"),
+    ("fused_ce/gate.py", "call.input.is_neg() or call.target.is_neg()", "call.target.is_neg()", "tests/test_functional.py -k negative"),
+    ("fused_ce/gate.py", "options.ignore_index < 0 and rank > 0", "rank > 0", "tests/test_functional.py"),
+    ("fused_ce/gate.py", "and weight.dtype == input.dtype", "", "tests/test_functional.py"),
+    ("fused_ce/gate.py", "dtype = torch.promote_types(dtype, target.dtype)", "pass", "tests/test_functional.py"),
+    ("fused_ce/gate.py", "if _torch.shares_a_leaf(input):", "if False:", "tests/test_extras.py -k inplace"),
+    ("fused_ce/gate.py", "input = torch.where(ignored.unsqueeze(1) if input.dim() > 1 else ignored, 0, input)", "pass", "tests/test_autograd.py"),
+    # Private names of torch
+    ("fused_ce/_torch.py", '"_C._are_functorch_transforms_active", lambda: True', '"_C._are_functorch_transforms_active", lambda: False', "tests/test_torch.py"),
+    ("fused_ce/_torch.py", '"_C._len_torch_function_stack", lambda: 1', '"_C._len_torch_function_stack", lambda: 0', "tests/test_torch.py"),
+    ("fused_ce/_torch.py", "keep_graph\", lambda: True", "keep_graph\", lambda: False", "tests/test_torch.py"),
+    ("fused_ce/_torch.py", "if not _HAS_BASES:\n        return True", "if not _HAS_BASES:\n        return False", "tests/test_torch.py"),
+    ("fused_ce/_torch.py", 'return "sum" if size_average is False else "mean"', 'return "mean"', "tests/test_torch.py"),
+    # Autograd and operators
+    ("fused_ce/autograd.py", "grad = None  # it was made", "pass  # it was made", "tests/test_extras.py -k 'lse or upstream'"),
+    ("fused_ce/autograd.py", "if not unchanged and (composite or grad is None):", "if False:", "tests/test_autograd.py tests/test_extras.py"),
+    ("fused_ce/autograd.py", "dx = ctx.backend.rescale(grad, ctx.options, upstream.loss, keep)", "dx = grad", "tests/test_autograd.py tests/test_extras.py"),
+    ("fused_ce/autograd.py", "keep = _torch.keeps_graph()", "keep = False", "tests/test_autograd.py"),
+    ("fused_ce/autograd.py", "options = _frozen(options)", "pass", "tests/test_extras.py"),
+    ("fused_ce/ops.py", "backend.saved_shape(call), dtype=torch.float64", "(*call.row_shape, 4), dtype=torch.float64", "tests/test_new_backend.py tests/test_ops.py"),
+    ("fused_ce/backends/dispatch.py", "        if not backend.unsupported(call):\n                return backend", "        return backend", "tests/test_dispatch.py"),
+    ("fused_ce/backends/dispatch.py", "            if backend is reference:\n                return None\n", "", "tests/test_dispatch.py"),
+    # The formula
+    ("fused_ce/formula.py", "torch.where(held, z.gather(-1, at).squeeze(-1), -torch.inf)", "z.gather(-1, at).squeeze(-1)", "tests/test_row_sums.py -k formula"),
+    ("fused_ce/formula.py", "q_drop=part.q_drop + part.q_others * rise", "q_drop=part.q_drop", "tests/test_row_sums.py -k formula"),
+    ("fused_ce/formula.py", "e_drop=(part.e_drop + part.so * rise) * shrink", "e_drop=part.e_drop * shrink", "tests/test_row_sums.py -k formula"),
+    ("fused_ce/formula.py", "return torch.where(m == -torch.inf, 0, m)", "return m", "tests/test_row_sums.py -k formula"),
+    ("fused_ce/formula.py", "torch.where(higher, b.argmax, a.argmax)", "torch.maximum(a.argmax, b.argmax)", "tests/test_row_sums.py -k formula"),
+    ("fused_ce/formula.py", "q_others=torch.where(lower, part.q_others + part.q_y, part.q_others)", "q_others=part.q_others", "tests/test_row_sums.py -k formula"),
+    ("fused_ce/formula.py", "torch.cosh(x * (options.logit_scale / options.softcap)) ** 2", "torch.cosh(x / options.softcap) ** 2", "tests/test_reference.py"),
+    # The C++ backend, from Python
+    ("fused_ce/backends/cpu.py", ".contiguous().resolve_neg()", ".contiguous()", "tests/test_autograd.py -k negative"),
+    ("fused_ce/backends/cpu.py", "return exact or (grad.itemsize > 2 and not math.isnan(ratio))", "return True", "tests/test_backends.py tests/test_extras.py -k 'not triton'"),
+    ("fused_ce/backends/cpu.py", 'saves = schedule == "recompute" or (fused and options.return_stats)', 'saves = schedule == "recompute"', "tests/test_extras.py"),
+]  # fmt: skip
+CPP = [
+    ("csrc/formula.inl.h", "part.q_drop += part.q_others * rise;", "", "tests/test_row_sums.py tests/test_backends.py -k 'cpp or cpu'"),
+    ("csrc/formula.inl.h", "part.e_drop = (part.e_drop + part.so * rise) * shrink;", "part.e_drop *= shrink;", "tests/test_row_sums.py -k cpp"),
+    ("csrc/formula.inl.h", "return m == -infinity_of(m) ? N{} : m;", "return m;", "tests/test_row_sums.py tests/test_backends.py -k 'cpp or cpu'"),
+    ("csrc/formula.inl.h", "part.q_others += part.q_y;", "", "tests/test_row_sums.py -k cpp"),
+    ("csrc/formula.inl.h", "if (call.probs || call.options.label_smoothing > 0) loss +=", "if (call.probs) loss +=", "tests/test_backends.py -k cpu"),
+    ("csrc/along.inl.h", "drop = is_y ? V{} : drop;", "", "tests/test_functional.py tests/test_backends.py -k 'not triton'"),
+    ("csrc/along.inl.h", "z = is_y ? splat(-inf) : z;", "", "tests/test_backends.py -k cpu"),
+    ("csrc/along.inl.h", "const double shift = m == -inf ? double(m) : shifted.shift", "const double shift = shifted.shift", "tests/test_backends.py tests/test_extras.py -k cpu"),
+    ("csrc/along.inl.h", "for (int64_t b = 1; b < count; b++) sums = combine", "for (int64_t b = 2; b < count; b++) sums = combine", "tests/test_backends.py -k cpu"),
+    ("csrc/along.inl.h", "keep_first<A>(transform<F>(x_c, o), end - c, fill)", "transform<F>(keep_first<A>(x_c, end - c, fill), o)", "tests/test_backends.py -k cpu"),
+    ("csrc/across.inl.h", "return counted ? dx_c : V{};", "return dx_c;", "tests/test_backends.py -k cpu"),
+    ("csrc/across.inl.h", "row_lse<F>(part, is_y ? V{} : e_c, q_c,", "row_lse<F>(part, e_c, q_c,", "tests/test_backends.py -k cpu"),
+    ("csrc/strided_rows.inl.h", "i < whole ? load(", "i < n ? load(", "tests/test_cpu.py -k 'beside or overlap'"),
+    ("csrc/cross_entropy.cpp", "if (!given && weights != double(count)) call.L *= weights / double(count);", "", "tests/test_backends.py -k cpu"),
+]  # fmt: skip
+TRITON: list[tuple[str, str, str, str]] = []
+MUTANTS = [Mutant(*fields) for fields in (*PYTHON, *TRITON, *CPP)]
+
+
+def copy_of_the_checkout(folder: Path) -> None:
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in (*names, *(str(path.relative_to(ROOT)) for path in ROOT.glob("fused_ce/_C*.so"))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
+def red(folder: Path, mutant: Mutant) -> str:
+    """The first test that fails once the line is broken; "" if none does."""
+    file = folder / mutant.file
+    before = file.read_text()
+    if before.count(mutant.line) != 1:
+        raise SystemExit(f"{mutant.file} must hold once, not {before.count(mutant.line)} times: {mutant.line}")
+    environment = os.environ | {"PYTHONPATH": str(folder), "FUSED_CE_BUILD_ISAS": "base"}
+    build = f"{sys.executable} setup.py --quiet build_ext --inplace"
+    pytest = f"{sys.executable} -m pytest -x -q -p no:cacheprovider --show-capture=no {mutant.test}"
+    file.write_text(before.replace(mutant.line, mutant.mutation))
+    try:
+        if mutant.file.startswith("csrc"):
+            subprocess.run(build, shell=True, cwd=folder, env=environment, check=True, capture_output=True)
+        run = subprocess.run(pytest, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+    finally:
+        file.write_text(before)
+    failed = [line.split()[1] for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else "" if run.returncode == 0 else f"pytest ended with {run.returncode}"
+
+
+def main() -> int:
+    words, survivors = sys.argv[1:], 0
+    with tempfile.TemporaryDirectory() as name:
+        copy_of_the_checkout(Path(name))
+        for mutant in MUTANTS:
+            if all(word in " ".join(mutant) for word in words):
+                seen = red(Path(name), mutant)
+                survivors += not seen
+                print(
+                    f"{mutant.file}: {mutant.line.strip()}\n  -> {mutant.mutation.strip() or 'nothing'}: {seen or 'SURVIVED'}",
+                    flush=True,
+                )
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
