@@ -236,7 +236,7 @@ void reduce(const A* rows, int64_t n, Reduction reduction, double divisor, void*
          for (; i + LANES <= end; i += LANES)
            for (int64_t j = 0; j < LANES; j++) sums[j] += rows[i + j];
          for (; i < end; i++) sums[0] += rows[i];
-         for (double s : sums) sum += s;
+         for (double of_lane : sums) sum += of_lane;
          return sum;
        }))
     total += part;

@@ -109,35 +109,35 @@ template <class A, class V> INLINE V tanh(V u) {
   return u < 0 ? -magnitude : magnitude;
 }
 
-// 1 / cosh(u)^2 = 4 e / (1 + e)^2 with e = exp(-2 |u|): no cancellation where tanh nears 1.
+// 1 / cosh(u)^2 = 4 E / (1 + E)^2 with E = exp(-2 |u|): no cancellation where tanh nears 1.
 template <class A, class V> INLINE V sech2(V u) {
-  V e = exp<A>(u < 0 ? 2 * u : -2 * u);
-  return 4 * e / ((1 + e) * (1 + e));
+  const V E = exp<A>(u < 0 ? 2 * u : -2 * u);
+  return 4 * E / ((1 + E) * (1 + E));
 }
 
-// log(1 + u) for u >= 0, or NaN: 1 + u = 2^k f with f in [sqrt(1/2), sqrt(2)), and log f = 2 atanh(g / (2 + g)) with
-// g = f - 1. For k = 0 g is u itself, so a tiny u keeps every digit; for others what 1 + u rounded off is added back.
+// log(1 + u) for u >= 0, or NaN: 1 + u = 2^n f with f in [sqrt(1/2), sqrt(2)), and log f = 2 atanh(g / (2 + g)) with
+// g = f - 1. For n = 0 g is u itself, so a tiny u keeps every digit; for others what 1 + u rounded off is added back.
 template <class A, class V, class I> INLINE V log1p(V u) {
   typedef Constants<A> K;
   const V v = 1 + u;
   const I sqrt_half = (I)splat(A(0.70710678118654752440));
   const I exponent = ((I)v - sqrt_half) >> K::mantissa;
-  const V k = __builtin_convertvector(exponent, V);
+  const V n = __builtin_convertvector(exponent, V);
   const V f = (V)((I)v - (exponent << K::mantissa));
   const V g = exponent == 0 ? u : f - 1;
-  const V s = g / (2 + g), t = s * s;
+  const V ratio = g / (2 + g), square = ratio * ratio;
   V p;
   if constexpr (sizeof(A) == 4) {
     p = splat(A(2.0 / 9));
-    p = p * t + A(2.0 / 7);
-    p = p * t + A(2.0 / 5);
-    p = p * t + A(2.0 / 3);
+    p = p * square + A(2.0 / 7);
+    p = p * square + A(2.0 / 5);
+    p = p * square + A(2.0 / 3);
   } else {
     p = splat(A(2.0 / 23));
-    for (int n = 21; n >= 3; n -= 2) p = p * t + A(2.0) / A(n);
+    for (int odd = 21; odd >= 3; odd -= 2) p = p * square + A(2.0) / A(odd);
   }
   const V rounded_off = exponent == 0 ? V{} : (u - (v - 1)) / v;
-  const V result = k * K::ln2_hi + (2 * s + (s * t * p + (k * K::ln2_lo + rounded_off)));
+  const V result = n * K::ln2_hi + (2 * ratio + (ratio * square * p + (n * K::ln2_lo + rounded_off)));
   return u < K::infinity ? result : u;
 }
 

@@ -56,7 +56,8 @@ def alignment(C: int, inner: int, matrices: Sequence[Matrix | None]) -> int:
 
     It says how wide a load may be; Triton itself sees no less than a divisor of 16.
     """
-    strides = [s for m in matrices if m is not None for s in (*(m.outer or ()), m.inner, m.col) if s is not None]
+    of_all = [(*(matrix.outer or ()), matrix.inner, matrix.col) for matrix in matrices if matrix is not None]
+    strides = [stride for of_one in of_all for stride in of_one if stride is not None]
     first = matrices[0]
     assert first is not None
     lengths = [length for length, stride in ((C, first.col), (inner, first.inner)) if stride is None]
@@ -65,8 +66,10 @@ def alignment(C: int, inner: int, matrices: Sequence[Matrix | None]) -> int:
 
 def congruent(a: Matrix, b: Matrix, divisor: int) -> bool:
     """Whether every row begins at the same place in both, counted from a multiple of divisor."""
-    one, other = ([1 if s is None else s for s in (*(m.outer or ()), m.inner)] for m in (a, b))
-    return all((s - t) % divisor == 0 for s, t in zip(one, other, strict=True))
+    one, other = (
+        [1 if stride is None else stride for stride in (*(matrix.outer or ()), matrix.inner)] for matrix in (a, b)
+    )
+    return all((mine - its) % divisor == 0 for mine, its in zip(one, other, strict=True))
 
 
 def _merged(sizes: Sequence[int], strides: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
