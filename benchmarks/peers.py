@@ -119,7 +119,7 @@ def fused_ce(problem: Problem, isa: str | None = None) -> Peer:
     chosen = dispatch.choose(call, None)
     if chosen is None:
         raise Unable("no backend of fused_ce takes this call here; python -m fused_ce says why")
-    name = next(name for name, backend in dispatch.BACKENDS.items() if backend is chosen)
+    name = dispatch.name_of(chosen)
     fused = problem.reduction != "none" and problem.input.dtype != torch.float16
     passes = (1, 0) if not problem.backward else (2, 1) if not fused else (1, 1) if problem.upstream is None else (2, 2)
     run = with_autograd(cross_entropy, problem)

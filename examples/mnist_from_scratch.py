@@ -50,8 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     with torch.no_grad():
         chosen = dispatch.choose(Call(reset[0].logits(digits.x[:2]), digits.y[:2], None, Options()), None)
-    kernels = [f"its {name} kernels" for name, backend in dispatch.BACKENDS.items() if backend is chosen]
-    runs = kernels[0] if kernels else "torch's own operators"
+    runs = f"its {dispatch.name_of(chosen)} kernels" if chosen else "torch's own operators"
     console.print(f"{settings}.\nfused_ce {fused_ce.__version__} runs {runs}; torch {torch.__version__}.\n")
 
     _train(console, reset + posted, digits, held_out, options)

@@ -78,8 +78,7 @@ def backends() -> Iterator[str]:
         for dtype in DTYPES:
             call = _small_call(device, dtype)
             try:
-                chosen = dispatch.choose(call, None)
-                taken = next((key for key, module in dispatch.BACKENDS.items() if module is chosen), "torch")
+                taken = dispatch.name_of(dispatch.choose(call, None))
             except (NotImplementedError, ValueError):
                 taken = "error"
             row += f"{taken:>10}"

@@ -40,3 +40,8 @@ def choose(call: Call, name: str | None) -> Backend | None:
             f"{tuple(target.shape)} {target.dtype}: {'; '.join(reasons)}. Drop backend= to let fused_ce choose."
         )
     return BACKENDS[name]
+
+
+def name_of(backend: Backend | None) -> str:
+    """The backend's name in the table; "torch" for None, where torch's own operators run."""
+    return next((name for name, listed in BACKENDS.items() if listed is backend), "torch")
