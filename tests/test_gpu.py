@@ -186,26 +186,30 @@ def test_paths(backend: Backend, case: Case, monkeypatch: pytest.MonkeyPatch) ->
     check_grad(again, call, exact_grad)
 
 
+SHARED = [("fused", case) for case in HARD_CASES if case.weight or case.probs]
+SHARED += [("loss", case) for _, case in SHARED if case.id.startswith("shifted")]  # the same but for the grid
+
+
 @only_triton
-@pytest.mark.parametrize("case", [case for case in HARD_CASES if case.weight or case.probs], ids=str)
+@pytest.mark.parametrize(("schedule", "case"), SHARED, ids=str)
 def test_rows_shared_by_programs_have_the_same_bits(
-    backend: Backend, case: Case, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, schedule: Schedule, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = with_stats(case.build(backend.device))
-    sums = call._replace(options=call.options._replace(reduction="sum"))
+    if schedule == "fused":
+        call = call._replace(options=call.options._replace(reduction="sum"))
     results = []
     for path in ("walked", "shared"):
         take(path, monkeypatch)
-        results.append((*launch.forward(call, "loss")[::3], *launch.forward(sums, "fused")))
+        loss, grad, saved, stats = launch.forward(call, schedule)
+        results.append([bits(tensor) for tensor in (loss, *stats, grad, saved) if tensor is not None])
     for walked, shared in zip(*results, strict=True):
-        pairs = [(walked, shared)] if isinstance(walked, torch.Tensor) else zip(walked, shared, strict=True)
-        assert all(torch.equal(bits(a), bits(b)) for a, b in pairs)
+        assert torch.equal(walked, shared)
 
 
 @only_triton
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("C", [65, 103])
+@pytest.mark.parametrize(("C", "path"), [(65, "held"), (65, "walked"), (103, "walked"), (65, "shared")])
 def test_neighbours_in_memory(
     backend: Backend, C: int, dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
