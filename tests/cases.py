@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,9 +34,19 @@ class Case:
     layout: Callable[[Tensor], Tensor] = lambda x: x  # other strides
     options: dict[str, Any] = field(default_factory=dict)
     declined_by: tuple[str, ...] = ()  # backends that do not take it; all others do
+    interpreted: dict[str, Any] | None = field(default_factory=dict)  # see `for_interpreter`
 
     def __str__(self) -> str:
         return self.id
+
+    def for_interpreter(self) -> Case | None:
+        """The row as Triton's interpreter runs it; None: other rows take every instruction that this one takes.
+
+        To the interpreter a program costs much, its number of lanes next to nothing. `interpreted` holds sizes that
+        cross the borders of Triton's plan where the row's own are made for the blocks of C++: rows of up to 512
+        classes share a program, wider ones are held in pieces of 64 * 16 bytes, and above 32768 classes walked.
+        """
+        return None if self.interpreted is None else replace(self, **self.interpreted) if self.interpreted else self
 
     def build(self, device: str = "cpu") -> Call:
         seed = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
@@ -162,26 +172,36 @@ NON_FINITE = {  # C = 3, target 0
 SIZES = (1, 2, 3, 10, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 1000, 1023, 1024, 1025, 4096, 4097)
 
 
+WITHIN = (15, 31, 63, 100, 127, 1023, 4096)  # of SIZES, on no border of Triton's: its tiles are powers of 2
+
+
 def _cases() -> Iterator[Case]:
     for C in SIZES:
-        yield Case(f"C{C}-float32", C=C)
+        rows: dict[str, Any] = {"interpreted": None if C in WITHIN else {"N": 2} if C > 512 else {}}
+        yield Case(f"C{C}-float32", C=C, **rows)
         # With a softcap a padding lane of -inf would become -s, and be counted.
-        yield Case(f"C{C}-bfloat16-everything", C=C, dtype=bf16, options=EVERYTHING, weight=ramp, target=ignore(1))
+        everything = {"options": EVERYTHING, "weight": ramp, "target": ignore(1)}
+        yield Case(f"C{C}-bfloat16-everything", C=C, dtype=bf16, **everything, **rows)
     for C in (1, 17, 100, 1025):
         for dtype in (f64, bf16, f16):
-            yield Case(f"C{C}-{str(dtype)[6:]}", C=C, dtype=dtype)
-        yield Case(f"C{C}-float32-everything", C=C, options=EVERYTHING, weight=ramp, target=ignore(1))
+            yield Case(f"C{C}-{str(dtype)[6:]}", C=C, dtype=dtype, interpreted=None if C == 100 else {"N": 2})
+        everything = {"options": EVERYTHING, "weight": ramp, "target": ignore(1)}
+        yield Case(f"C{C}-float32-everything", C=C, **everything, interpreted=None if C == 100 else {"N": 2})
     for C, dtype in ((32001, bf16), (50257, f16), (50257, f32), (131073, bf16)):
-        yield Case(f"C{C}-{str(dtype)[6:]}", N=1, C=C, dtype=dtype)
+        interpreted: dict[str, Any] | None = {} if C == 32001 or dtype == f16 else None  # held, walked
+        yield Case(f"C{C}-{str(dtype)[6:]}", N=1, C=C, dtype=dtype, interpreted=interpreted)
     yield Case("no-rows", N=0)
     yield Case("no-rows-sum", N=0, options={"reduction": "sum"})
-    yield Case("many-rows", N=300, C=5)
+    yield Case("many-rows", N=300, C=5, interpreted={"N": 130})  # 128 share a program
     for e in (0.1, 0.5):  # many equal terms: all would be rounded the same way
         for C in (1999, 30000):
-            yield Case(f"equal-logits-{C}-{e}", C=C, logits=lambda x, y: x * 0 + 1, options={"label_smoothing": e})
+            equal = {"logits": lambda x, y: x * 0 + 1, "options": {"label_smoothing": e}}
+            interpreted = None if e != 0.1 else {"N": 1, "C": min(C, 17000)}  # above 16384 smoothed rows are walked
+            yield Case(f"equal-logits-{C}-{e}", C=C, **equal, interpreted=interpreted)
     for name, options in OPTIONS.items():
         for dtype in (f32, f64, bf16, f16) if name in ("everything", "softcap-2") else (f32, bf16):
-            yield Case(f"{name}-{str(dtype)[6:]}", C=100, dtype=dtype, options=options)
+            interpreted = None if dtype == bf16 and name not in ("everything", "softcap-2") else {}
+            yield Case(f"{name}-{str(dtype)[6:]}", C=100, dtype=dtype, options=options, interpreted=interpreted)
         yield Case(f"{name}-weight-ignore", C=33, options=options, weight=ramp, target=ignore(0))
     for reduction in ("none", "sum", "mean"):
         for dtype in (f32, f64, bf16, f16):
@@ -197,7 +217,7 @@ def _cases() -> Iterator[Case]:
     for name, layout in LAYOUTS.items():
         for dtype in (f32, bf16):
             yield Case(f"layout-{name}-{str(dtype)[6:]}", C=65, dtype=dtype, layout=layout)
-        yield Case(f"layout-{name}-wide", C=301, layout=layout)
+        yield Case(f"layout-{name}-wide", C=301, layout=layout, interpreted=None)  # C++ has lanes across rows
     for reduction in ("mean", "none"):
         alone = {"layout": lambda x: x[0], "target": lambda y: y[0]}  # (C) and ()
         yield Case(f"one-row-alone-{reduction}", N=1, C=65, options={"reduction": reduction}, **alone)
@@ -215,25 +235,32 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{reduction}", C=3, logits=logits, target=always(0, 1, 2), options=options)
         yield Case(f"{name}-smoothing", C=3, logits=logits, target=always(0, 0, 0), options=OPTIONS["smoothing"])
         for dtype in (f32, bf16):  # in one of several blocks, or vectors
-            yield Case(f"{name}-of-many-{str(dtype)[6:]}", C=2100, dtype=dtype, logits=logits, target=always(0, 1, 2))
+            many = {"C": 2100, "logits": logits, "target": always(0, 1, 2)}
+            interpreted = {"C": 513} if dtype == f32 else None
+            yield Case(f"{name}-of-many-{str(dtype)[6:]}", dtype=dtype, **many, interpreted=interpreted)
     first_blocks = set_at((slice(None), slice(4096)), -inf)
     for dtype in (f32, bf16):
-        yield Case(f"first-blocks-minus-inf-{str(dtype)[6:]}", C=4097 + 64, dtype=dtype, logits=first_blocks)
+        name = f"first-blocks-minus-inf-{str(dtype)[6:]}"
+        yield Case(name, C=4097 + 64, dtype=dtype, logits=first_blocks, interpreted={"N": 1})
     # The square of such an lse is inf, which must not meet a z-loss factor of 0.
     yield Case("huge-float64", C=3, dtype=f64, logits=put([3e300] * 3, [-3e300] * 3, [1e200, 1e200, 0]))
     yield Case("weight-zero", weight=lambda C: ramp(C).index_fill(0, torch.tensor([3]), 0), target=always(3, 1, 3))
     for margin in (5, 10, 15, 20, 30, 60):
         for dtype in (f32, bf16, f16):
-            yield Case(f"margin-{margin}-{str(dtype)[6:]}", C=1000, dtype=dtype, logits=confident(margin))
+            interpreted = None if dtype == f16 else {"C": 100}
+            values: dict[str, Any] = {"dtype": dtype, "logits": confident(margin), "interpreted": interpreted}
+            yield Case(f"margin-{margin}-{str(dtype)[6:]}", C=1000, **values)
     for name, change in {"x10": lambda x, y: x * 10, "plus-1000": lambda x, y: x + 1000}.items():
         for dtype in (f32, bf16, f16):
-            yield Case(f"{name}-{str(dtype)[6:]}", C=1000, dtype=dtype, logits=change)
+            yield Case(f"{name}-{str(dtype)[6:]}", C=1000, dtype=dtype, logits=change, interpreted={"C": 100})
     for dtype in (f32, f64, bf16, f16):  # at the cap, where 1 - tanh^2 would round to 0
         name = f"softcap-reached-{str(dtype)[6:]}"
-        yield Case(name, C=1000, dtype=dtype, logits=lambda x, y: x * 10, options={"softcap": 3.0})
-    yield Case("plus-1e4", C=1000, logits=lambda x, y: x + 1e4)
-    yield Case("up-to-1e4", C=1000, dtype=bf16, logits=lambda x, y: x * 3e3)
-    yield Case("f16-sum-above-65504", N=300, C=4, dtype=f16, logits=lambda x, y: x.scatter(1, y[:, None], -300.0))
+        values = {"dtype": dtype, "logits": lambda x, y: x * 10, "interpreted": {"C": 100}}
+        yield Case(name, C=1000, options={"softcap": 3.0}, **values)
+    yield Case("plus-1e4", C=1000, logits=lambda x, y: x + 1e4, interpreted={"C": 100})
+    yield Case("up-to-1e4", C=1000, dtype=bf16, logits=lambda x, y: x * 3e3, interpreted={"C": 100})
+    low = {"logits": lambda x, y: x.scatter(1, y[:, None], -300.0), "interpreted": {"N": 256}}
+    yield Case("f16-sum-above-65504", N=300, C=4, dtype=f16, **low)
     yield from _declined()
     yield from _pixels()
     yield from _probabilities()
@@ -252,14 +279,19 @@ def _declined() -> Iterator[Case]:
 def _pixels() -> Iterator[Case]:
     for pixels in PIXELS:
         for dtype in (f32, f64, bf16, f16):
-            yield Case(f"pixels-{pixels}-{str(dtype)[6:]}", N=2, C=17, pixels=pixels, dtype=dtype)
+            interpreted: dict[str, Any] | None = {} if dtype == f32 or pixels in ((17,), (3, 2)) else None
+            name = f"pixels-{pixels}-{str(dtype)[6:]}"
+            yield Case(name, N=2, C=17, pixels=pixels, dtype=dtype, interpreted=interpreted)
         shape = {"N": 2, "pixels": pixels, "weight": ramp}
         yield Case(f"pixels-{pixels}-everything", C=5, options=EVERYTHING, target=ignore(1), **shape)
+        shape["interpreted"] = {} if pixels in ((1,), (17,), (2, 1, 3)) else None
         yield Case(f"pixels-{pixels}-none", C=130, options=EVERYTHING | {"reduction": "none"}, **shape)
     for name, layout in PIXEL_LAYOUTS.items():
         for C, probs in ((19, None), (1030, None), (19, f32)):
             target = f"{C}-probabilities" if probs else C
-            shape = {"N": 2, "C": C, "pixels": (3, 5), "probs": probs}
+            # 16 pixels of more than 512 classes are walked; the strides are the same.
+            interpreted = {} if C == 19 else {"C": 513} if name in ("channels-last", "misaligned") else None
+            shape = {"N": 2, "C": C, "pixels": (3, 5), "probs": probs, "interpreted": interpreted}
             yield Case(f"pixels-layout-{name}-{target}", layout=layout, **shape)
     for value in (nan, inf, -inf):
         row = {"logits": set_at(1, value), "target": ignore(1)}
@@ -269,7 +301,7 @@ def _pixels() -> Iterator[Case]:
 
 def _probabilities() -> Iterator[Case]:
     for C in (1, 2, 17, 64, 100, 1025, 4097):
-        yield Case(f"probabilities-C{C}", C=C, probs=f32)
+        yield Case(f"probabilities-C{C}", C=C, probs=f32, interpreted={"N": 1} if C > 512 else {})
     for name, options in OPTIONS.items():
         yield Case(f"probabilities-{name}", C=33, probs=f32, options=options, weight=ramp)
     for dtype in (f32, f64, bf16, f16):

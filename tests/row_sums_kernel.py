@@ -1,4 +1,4 @@
-"""A kernel that joins parts of rows, a program each: the Triton `combine` on its own, for test_row_sums.py."""
+"""A kernel that joins parts of rows, all in one program: the Triton `combine` on its own, for test_row_sums.py."""
 
 import triton
 import triton.language as tl
@@ -8,23 +8,16 @@ from fused_ce.contract import RowSums
 
 
 @triton.jit
-def load(parts, row):
-    p = parts + row * 8 + tl.arange(0, 1)
-    return RowSums(
-        tl.load(p),
-        tl.load(p + 1),
-        tl.load(p + 2),
-        tl.load(p + 3),
-        tl.load(p + 4),
-        tl.load(p + 5),
-        tl.load(p + 6),
-        tl.load(p + 7),
-    )
+def load(parts, at, mask):
+    numbers = ()
+    for i in tl.static_range(8):
+        numbers += (tl.load(parts + at * 8 + i, mask=mask, other=0.0),)  # type: ignore[assignment]
+    return RowSums(*numbers)
 
 
 @triton.jit
-def join(a, b, out, PROBS: tl.constexpr):
-    row = tl.program_id(0)
-    joined = combine(load(a, row), load(b, row), PROBS, True)
+def join(a, b, out, R, PROBS: tl.constexpr, LANES: tl.constexpr):
+    at = tl.arange(0, LANES)
+    joined = combine(load(a, at, at < R), load(b, at, at < R), PROBS, True)
     for i in tl.static_range(8):
-        tl.store(out + row * 8 + i + tl.arange(0, 1), joined[i])
+        tl.store(out + at * 8 + i, joined[i], mask=at < R)

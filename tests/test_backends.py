@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy import bits
 from cases import CASES, EVERYTHING, Case, ignore, ramp
-from conftest import Backend
+from conftest import INTERPRET, Backend
 from judge import check, check_grad, expected_grad, expected_of
 from torch import Tensor
 
@@ -49,7 +49,14 @@ def upstream_like(call: Call, value: float) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_contract(backend: Backend, case: Case) -> None:
-    holds(backend, case)
+    holds(backend, case if backend.name != "triton" else for_triton(case))
+
+
+def for_triton(case: Case) -> Case:
+    interpreted = case.for_interpreter() if INTERPRET else case
+    if interpreted is None:
+        pytest.skip("other rows take the same way through the kernels")
+    return interpreted
 
 
 def holds(backend: Backend, case: Case) -> None:

@@ -42,7 +42,7 @@ def by_triton(a: RowSums, b: RowSums, probs: bool) -> RowSums:
         if INTERPRET:
             stack.enter_context(pytest.MonkeyPatch.context()).setenv("TRITON_INTERPRET", "1")
             stack.enter_context(np.errstate(all="ignore"))
-        join[(len(joined),)](parts[0], parts[1], joined, probs)
+        join[(1,)](parts[0], parts[1], joined, len(joined), probs, 16)
     return RowSums(*joined.cpu().T)._replace(argmax=joined[:, 7].long().cpu())
 
 
