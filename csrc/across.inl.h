@@ -168,7 +168,7 @@ template <class F> struct RowGroup {
       for (int64_t begin = 0; begin < C; begin += BLOCK) {
         const int64_t end = begin + BLOCK < C ? begin + BLOCK : C;
         for (int64_t c = begin; c < end; c++)
-          dt[c - begin] = target_grad(z[c][i], row.lse_m[i], sums.m[i], share[i] * (w ? w[c] : A(1)));
+          dt[c - begin] = target_grad(z[c][i], sums.m[i], row.lse_m[i], share[i] * (w ? w[c] : A(1)));
         write_elements(call.d_target.data, call.d_target.dtype, offset + begin * call.d_target.class_stride,
                        call.d_target.class_stride, dt, end - begin);
       }

@@ -155,7 +155,7 @@ void block_target_grad(const AlongRow<F>& row, const RowTerms<double, double>& t
   const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(terms.lse_m), m = A(terms.sums.m);
   A dt[BLOCK];
   for_each_vector<F>(row.x, begin, end, call.options, A(0), [&](V, V z, int64_t c, int n, int) LAMBDA {
-    V result = target_grad(z, lse_m, m, share);
+    V result = target_grad(z, m, lse_m, share);
     if (w) result *= n == F::lanes ? load(w + c) : load_first(w + c, n);
     store_first(dt + c - begin, result, n);
   });
@@ -221,8 +221,11 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     team.wait();
     RowSums<double> sums = {};
     if (call.loss) {
-      sums = parts[0].sums;
-      for (int64_t b = 1; b < count; b++) sums = combine(sums, parts[b].sums, false);
+      // Every part is brought to the row's m at once: from part to part, each step up would round once more.
+      double m = parts[0].sums.m;
+      for (int64_t b = 1; b < count; b++) m = parts[b].sums.m > m ? parts[b].sums.m : m;
+      sums = count > 1 ? rescale(parts[0].sums, m) : parts[0].sums;
+      for (int64_t b = 1; b < count; b++) sums = combine(sums, rescale(parts[b].sums, m), false);
     } else {
       const Saved& saved = call.saved[i];
       sums.m = saved.m, sums.so = saved.so, sums.q_others = saved.q_others;

@@ -165,9 +165,9 @@ template <class Label> Tally tally(const Call& call, int64_t begin, int64_t end,
   return result;
 }
 
-// Checks every target and finds what the rows share: the scale and, under a mean, L D / count.
+// Checks every target and finds what the rows share: the scale and, under a mean, D / count.
 Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, double* divisor) {
-  call.L = call.options.lse_square_scale;
+  call.ratio = 1;
   int64_t count = call.rows;
   double weights = double(count);
   if (!call.probs) {
@@ -177,9 +177,9 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, 
             : nullptr;
     count = 0, weights = 0;
     for (const Tally& part :
-         by_groups<Tally>(call.rows, threads_for(call.rows * 8, threads), [&](int64_t b, int64_t e) {
-           if (packed) return tally(call, b, e, [&](int64_t i) { return packed[i]; });
-           return tally(call, b, e, [&](int64_t i) { return call.target_at(call.dims.offset(call.target, i)); });
+         by_groups<Tally>(call.rows, threads_for(call.rows * 8, threads), [&](int64_t begin, int64_t end) {
+           if (packed) return tally(call, begin, end, [&](int64_t i) { return packed[i]; });
+           return tally(call, begin, end, [&](int64_t i) { return call.target_at(call.dims.offset(call.target, i)); });
          })) {
       if (part.refusal.bad) return part.refusal;
       count += part.count, weights += part.weights;
@@ -188,7 +188,7 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, 
   if (reduction == Reduction::mean) {
     const bool given = num_items == num_items;  // not NaN
     *divisor = given ? num_items : weights;
-    if (!given && weights != double(count)) call.L *= weights / double(count);
+    if (!given && weights != double(count)) call.ratio = weights / double(count);
     call.scale /= *divisor;
   }
   return {false, 0};

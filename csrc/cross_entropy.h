@@ -82,7 +82,7 @@ struct Call {
   // options
   Options options;
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
-  double L;      // lse_square_scale D / count under a mean, because the z-loss is divided by the count instead
+  double ratio;  // D / count under a mean, because the z-loss is divided by the count instead
 
   FUSED_CE_INLINE int64_t target_at(int64_t offset) const {
     return target.dtype == DType::uint8 ? static_cast<const uint8_t*>(target.data)[offset]

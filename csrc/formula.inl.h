@@ -115,7 +115,7 @@ template <class N, class A> struct RowTerms {
 // [4] row_loss
 template <class N, class A> INLINE N row_loss(const RowTerms<N, A>& row, const Call& call) {
   const RowSums<N>& sums = row.sums;
-  const A L = A(call.L);
+  const A L = A(call.options.lse_square_scale * call.ratio);
   N loss = sums.q_y * (row.lse_m + (sums.m - sums.z_y));
   if (call.probs || call.options.label_smoothing > 0) loss += sums.q_others * row.lse_m + sums.q_drop;
   if (L != 0) loss += L * (sums.m + row.lse_m) * (sums.m + row.lse_m);
@@ -128,7 +128,7 @@ template <class N, class A> struct GradFactors {
 
   INLINE GradFactors(const RowTerms<N, A>& row, const Call& call, N scale, N g_lse) : scale(scale) {
     const RowSums<N>& sums = row.sums;
-    const A L = A(call.L);
+    const A L = A(call.options.lse_square_scale * call.ratio);
     const N inverse = 1 / (sums.so + row.e_y);
     N others = scale * sums.q_others + g_lse;
     if (L != 0) others += 2 * L * scale * (sums.m + row.lse_m);
@@ -148,7 +148,7 @@ INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P
 }
 
 // The gradient of a probability; `share` is the upstream gradient times 1 - e.
-template <class N, class V, class P> INLINE V target_grad(V z, N lse_m, N m, P share) {
+template <class N, class V, class P> INLINE V target_grad(V z, N m, N lse_m, P share) {
   return share * (lse_m + (m - z));
 }
 

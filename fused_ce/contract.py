@@ -83,7 +83,7 @@ class RowSums(NamedTuple):
     q_others: Tensor  # sum of q_c over the classes other than y
     q_drop: Tensor  # sum of q_c (m - z_c) over them
     e_drop: Tensor  # sum of exp(z_c - m) (m - z_c) over them, for the entropy; 0 where no statistics are asked for
-    argmax: Tensor  # the class of the largest z, the first of equals; -1 where no statistics are asked for
+    argmax: Tensor  # the class of the largest z, the first of equals, counted over the whole row; -1 without statistics
 
 
 class Backend(Protocol):

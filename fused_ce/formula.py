@@ -75,6 +75,7 @@ def row_lse(
     q: Tensor | None,  # (R, C); None: no class but y has any
     wants_stats: bool = False,
 ) -> RowSums:
+    """The sums of a part; its argmax is counted from the part's first class, as y is."""
     m = z.detach().amax(-1)
     held = (y >= 0) & (y < z.shape[-1])
     at = torch.where(held, y, 0)[:, None]
@@ -100,22 +101,9 @@ def row_lse(
     )
 
 
-def combine(a: RowSums, b: RowSums, probs: bool = False) -> RowSums:
-    """The sums of two parts of a row, in order; `probs`: each left out its own largest class rather than a common y."""
-    higher, m = b.m > a.m, torch.maximum(a.m, b.m)
-    if probs:
-        a, b = put_back(a, higher), put_back(b, ~higher)
-    a, b = rescale(a, m), rescale(b, m)
-    return RowSums(
-        m,
-        a.so + b.so,
-        torch.maximum(a.z_y, b.z_y),
-        a.q_y + b.q_y,
-        a.q_others + b.q_others,
-        a.q_drop + b.q_drop,
-        a.e_drop + b.e_drop,
-        torch.where(higher, b.argmax, a.argmax),
-    )
+def finite(m: Tensor) -> Tensor:  # (R,)
+    """m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN."""
+    return torch.where(m == -torch.inf, 0, m)
 
 
 def rescale(part: RowSums, m: Tensor) -> RowSums:  # (R,)
@@ -140,9 +128,22 @@ def put_back(part: RowSums, lower: Tensor) -> RowSums:  # (R,)
     )
 
 
-def finite(m: Tensor) -> Tensor:  # (R,)
-    """m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN."""
-    return torch.where(m == -torch.inf, 0, m)
+def combine(a: RowSums, b: RowSums, probs: bool = False) -> RowSums:
+    """The sums of two parts of a row, in order; `probs`: each left out its own largest class rather than a common y."""
+    higher, m = b.m > a.m, torch.maximum(a.m, b.m)
+    if probs:
+        a, b = put_back(a, higher), put_back(b, ~higher)
+    a, b = rescale(a, m), rescale(b, m)
+    return RowSums(
+        m,
+        a.so + b.so,
+        torch.maximum(a.z_y, b.z_y),
+        a.q_y + b.q_y,
+        a.q_others + b.q_others,
+        a.q_drop + b.q_drop,
+        a.e_drop + b.e_drop,
+        torch.where(higher, b.argmax, a.argmax),
+    )
 
 
 # [4] row_loss
@@ -234,7 +235,7 @@ def rows_of(call: Call) -> Rows:
         y = torch.where(counted, target, 0)
         q = (1 - e) * torch.zeros_like(z).scatter(-1, y[:, None], 1.0) + e / C if e > 0 else None
     if q is None:
-        q_y = z.new_ones(len(y)) if w is None else w[y]
+        q_y = torch.ones_like(y, dtype=z.dtype) if w is None else w[y]
     else:
         q = q if w is None else q * w
         q_y = q.gather(-1, y[:, None]).squeeze(-1)

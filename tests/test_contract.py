@@ -112,3 +112,18 @@ def test_falls_back_for_other_dtypes(ran: list[str]) -> None:
     ran.clear()
     cross_entropy(x(3, 5, dtype=torch.float32), y(3), dtype=torch.float16)
     assert ran == ["torch"]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("keywords", [{"softcap": 3.0}, {"logit_scale": 2.0, "reduction": "none"}, {}], ids=str)
+def test_what_was_traced_takes_other_batches(keywords: dict[str, Any]) -> None:
+    def loss(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(input, target, **keywords)
+
+    traced = (
+        torch.jit.trace(loss, (x(6, 5), y(6)), check_trace=False),
+        make_fx(loss, tracing_mode="symbolic")(x(6, 5), y(6)),
+    )
+    for N in (6, 9, 2):
+        for graph in traced:
+            torch.testing.assert_close(graph(x(N, 5), y(N)), loss(x(N, 5), y(N)))

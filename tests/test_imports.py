@@ -108,7 +108,17 @@ def test_the_map_holds_every_file() -> None:
 
 def test_parallel_formulas() -> None:
     """The three formula files name the same functions in the same order."""
-    names = ("transform", "transform_grad", "row_lse", "combine", "row_loss", "row_grad")
+    names = (
+        "transform",
+        "transform_grad",
+        "row_lse",
+        "finite",
+        "rescale",
+        "put_back",
+        "combine",
+        "row_loss",
+        "row_grad",
+    )
     for file, declares in (
         (PACKAGE / "formula.py", r"^def (\w+)\("),
         (PACKAGE / "backends/triton/formula.py", r"^def (\w+)\("),

@@ -1,21 +1,21 @@
 // exp, tanh and log1p of vectors, and sums that keep what is rounded off.
 // Included inside a namespace, once for each instruction set: nothing may be #included here.
 
-// 2^n (1 + q), for t that holds n and t_0 that holds 0 in its low bits. Multiplied by processors that can, which is
-// right down to the smallest subnormal; elsewhere n goes where the exponent stands.
+// 2^n (1 + reduced), for t that holds n and t_0 that holds 0 in its low bits. Multiplied by processors that can, which
+// is right down to the smallest subnormal; elsewhere n goes where the exponent stands.
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
-INLINE Vec::f32 multiply_power(Vec::f32 q, Vec::f32 t, Vec::f32 t_0) {
-  return (Vec::f32)_mm512_scalef_ps((__m512)(1 + q), (__m512)(t - t_0));
+INLINE Vec::f32 multiply_power(Vec::f32 reduced, Vec::f32 t, Vec::f32 t_0) {
+  return (Vec::f32)_mm512_scalef_ps((__m512)(1 + reduced), (__m512)(t - t_0));
 }
-INLINE Vec::f64 multiply_power(Vec::f64 q, Vec::f64 t, Vec::f64 t_0) {
-  return (Vec::f64)_mm512_scalef_pd((__m512d)(1 + q), (__m512d)(t - t_0));
+INLINE Vec::f64 multiply_power(Vec::f64 reduced, Vec::f64 t, Vec::f64 t_0) {
+  return (Vec::f64)_mm512_scalef_pd((__m512d)(1 + reduced), (__m512d)(t - t_0));
 }
 #else
-template <class V> INLINE V multiply_power(V q, V t, V t_0) {
+template <class V> INLINE V multiply_power(V reduced, V t, V t_0) {
   typedef typename Integers<V>::bits U;  // a NaN's bits may overflow
   typedef Constants<decltype(V{}[0] + 0)> K;
   const V power = (V)(((U)t - (U)t_0 + K::bias) << K::mantissa);
-  return power + power * q;
+  return power + power * reduced;
 }
 #endif
 
@@ -52,8 +52,8 @@ template <class A, class V> INLINE V expm1_reduced(V x, V rest, V* t) {
 // exp of x in [lowest, 0], less t_0's power of 2. Below `lowest` 0; NaN stays NaN.
 template <class A, class V> INLINE V exp_above(V x, V rest, V lowest, V t_0) {
   V t;
-  const V q = expm1_reduced<A>(x < lowest ? lowest : x, rest, &t);
-  const V result = multiply_power(q, t, t_0);
+  const V reduced = expm1_reduced<A>(x < lowest ? lowest : x, rest, &t);
+  const V result = multiply_power(reduced, t, t_0);
   return lowest_is_0 ? result : x < lowest ? V{} : result;
 }
 
@@ -103,8 +103,8 @@ template <class A, class V> INLINE V tanh(V u) {
   V x = u < 0 ? 2 * u : -2 * u;
   V clamped = x < K::lowest ? splat(K::lowest) : x;
   V t;
-  const V q = expm1_reduced<A>(clamped, V{}, &t), power = multiply_power(V{}, t, splat(K::round));
-  const V em1 = power * q + (power - 1);
+  const V reduced = expm1_reduced<A>(clamped, V{}, &t), power = multiply_power(V{}, t, splat(K::round));
+  const V em1 = power * reduced + (power - 1);
   V magnitude = -em1 / (2 + em1);
   return u < 0 ? -magnitude : magnitude;
 }

@@ -98,8 +98,9 @@ def backward(
     one_for_all = upstream.loss.dim() == 0
     scale = upstream.loss.item() if one_for_all else 1.0
     if grad is not None:
-        if rescales_exactly(grad, options, upstream.loss):
-            return Gradients(rescale(grad, options, upstream.loss, keep))
+        ratio = _ratio(scale, options, upstream.loss.dtype)
+        if _rescales_exactly(grad, ratio):
+            return Gradients(_multiplied(grad, ratio, keep))
         # Once more, for what has come: the first was right only for what was expected.
         options = options._replace(grad_scale=scale, return_stats=False)
         again = forward(call._replace(options=options), "fused").grad
@@ -125,32 +126,34 @@ def backward(
 
 def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
     """See `contract.Backend`."""
-    ratio = _ratio(options, upstream)
-    if ratio == 1.0 and not keep:
-        return grad
-    return _by_torch(lambda: grad * ratio if keep else grad.mul_(ratio))
+    return _multiplied(grad, _ratio(upstream.item(), options, upstream.dtype), keep)
 
 
-def rescales_exactly(grad: Tensor, options: Options, upstream: Tensor) -> bool:
-    """Whether `rescale` loses nothing: no rounding, or one of float32 and float64."""
-    ratio = _ratio(options, upstream)
-    # A power of two costs no rounding in bfloat16, whose exponents are those of float32.
-    exact = ratio == 1.0 or (grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5))
-    return exact or (grad.itemsize > 2 and not math.isnan(ratio))
-
-
-def _ratio(options: Options, upstream: Tensor) -> float:
-    """The upstream gradient in units of the expected one; NaN where its dtype cannot hold that (0, inf)."""
-    given, expected = upstream.item(), _expected(options, upstream.dtype)
+def _ratio(given: float, options: Options, dtype: torch.dtype) -> float | None:
+    """The upstream gradient in units of the expected one; None where its dtype could not hold that (0, inf)."""
+    expected = 1.0 if options.grad_scale is None else _expected(options, dtype)
     if given == expected:
         return 1.0
-    return given / expected if expected != 0 and math.isfinite(expected) else math.nan
+    return given / expected if expected != 0 and math.isfinite(expected) else None
+
+
+def _rescales_exactly(grad: Tensor, ratio: float | None) -> bool:
+    """Whether multiplying loses nothing: no rounding, or one of float32 and float64."""
+    if ratio is None or ratio == 1.0:
+        return ratio == 1.0
+    # A power of two costs no rounding in bfloat16, whose exponents are those of float32.
+    return grad.itemsize > 2 or (grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5))
+
+
+def _multiplied(grad: Tensor, ratio: float | None, keep: bool) -> Tensor:
+    if ratio == 1.0 and not keep:
+        return grad
+    factor = math.nan if ratio is None else ratio
+    return _by_torch(lambda: grad * factor if keep else grad.mul_(factor))
 
 
 def _expected(options: Options, dtype: torch.dtype) -> float:
     """The upstream gradient to expect, rounded as it will arrive: in the loss's dtype."""
-    if options.grad_scale is None:
-        return 1.0
     return torch.as_tensor(options.grad_scale, dtype=torch.float64).to(dtype).item()
 
 

@@ -91,22 +91,9 @@ def row_lse(
 
 
 @triton.jit
-def combine(a, b, PROBS: tl.constexpr, EXACT: tl.constexpr):
-    """The sums of two parts of a row, the first before the second; PROBS: each left out a largest class of its own."""
-    higher, m = b.m > a.m, tl.maximum(a.m, b.m)
-    if PROBS:
-        a, b = put_back(a, higher, EXACT), put_back(b, ~higher, EXACT)
-    a, b = rescale(a, m, EXACT), rescale(b, m, EXACT)
-    return RowSums(
-        m,
-        a.so + b.so,
-        tl.maximum(a.z_y, b.z_y, tl.PropagateNan.ALL),  # a target's NaN, or of a class that does not exist
-        a.q_y + b.q_y,
-        a.q_others + b.q_others,
-        a.q_drop + b.q_drop,
-        a.e_drop + b.e_drop,
-        tl.where(higher, b.argmax, a.argmax),
-    )
+def finite(m):  # (R, 1)
+    """m, or 0 while every class seen is -inf: (-inf) - (-inf) would be NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
@@ -142,9 +129,22 @@ def put_back(part, lower, EXACT: tl.constexpr):  # (R, 1) each
 
 
 @triton.jit
-def finite(m):  # (R, 1)
-    """m, or 0 while every class seen is -inf: (-inf) - (-inf) would be NaN."""
-    return tl.where(m == float("-inf"), 0.0, m)
+def combine(a, b, PROBS: tl.constexpr, EXACT: tl.constexpr):
+    """The sums of two parts of a row, the first before the second; PROBS: each left out a largest class of its own."""
+    higher, m = b.m > a.m, tl.maximum(a.m, b.m)
+    if PROBS:
+        a, b = put_back(a, higher, EXACT), put_back(b, ~higher, EXACT)
+    a, b = rescale(a, m, EXACT), rescale(b, m, EXACT)
+    return RowSums(
+        m,
+        a.so + b.so,
+        tl.maximum(a.z_y, b.z_y, tl.PropagateNan.ALL),  # a target's NaN, or of a class that does not exist
+        a.q_y + b.q_y,
+        a.q_others + b.q_others,
+        a.q_drop + b.q_drop,
+        a.e_drop + b.e_drop,
+        tl.where(higher, b.argmax, a.argmax),
+    )
 
 
 # [4] row_loss
