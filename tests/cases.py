@@ -181,10 +181,13 @@ def _cases() -> Iterator[Case]:
         yield Case(f"C{C}-float32", C=C, **rows)
         # With a softcap a padding lane of -inf would become -s, and be counted.
         everything = {"options": EVERYTHING, "weight": ramp, "target": ignore(1)}
+        rows["interpreted"] = rows["interpreted"] if C < 4096 else None
         yield Case(f"C{C}-bfloat16-everything", C=C, dtype=bf16, **everything, **rows)
     for C in (1, 17, 100, 1025):
         for dtype in (f64, bf16, f16):
-            yield Case(f"C{C}-{str(dtype)[6:]}", C=C, dtype=dtype, interpreted=None if C == 100 else {"N": 2})
+            yield Case(
+                f"C{C}-{str(dtype)[6:]}", C=C, dtype=dtype, interpreted={"N": 2} if C < 100 or dtype == f64 else None
+            )
         everything = {"options": EVERYTHING, "weight": ramp, "target": ignore(1)}
         yield Case(f"C{C}-float32-everything", C=C, **everything, interpreted=None if C == 100 else {"N": 2})
     for C, dtype in ((32001, bf16), (50257, f16), (50257, f32), (131073, bf16)):
@@ -236,7 +239,8 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{name}-smoothing", C=3, logits=logits, target=always(0, 0, 0), options=OPTIONS["smoothing"])
         for dtype in (f32, bf16):  # in one of several blocks, or vectors
             many = {"C": 2100, "logits": logits, "target": always(0, 1, 2)}
-            interpreted = {"C": 513} if dtype == f32 else None
+            # test_gpu.py sends rows with one inf or NaN down every path of the kernels.
+            interpreted = {"C": 513} if dtype == f32 and name.startswith(("target", "huge")) else None
             yield Case(f"{name}-of-many-{str(dtype)[6:]}", dtype=dtype, **many, interpreted=interpreted)
     first_blocks = set_at((slice(None), slice(4096)), -inf)
     for dtype in (f32, bf16):

@@ -262,7 +262,7 @@ def test_neighbours_in_memory(
 @pytest.mark.parametrize("path", PATHS)
 def test_the_first_of_equal_logits(backend: Backend, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take(path, monkeypatch)
-    case = Case("equal", N=2, C=75, logits=lambda x, y: (x * 0).index_fill(1, torch.tensor([40, 45, 70]), 1.0))
+    case = Case("equal", N=2, C=75, logits=lambda x, y: (x * 0).index_fill(1, torch.tensor([40, 45, 72]), 1.0))
     assert launch.forward(with_stats(case.build(backend.device)), "loss").stats.argmax.tolist() == [40, 40]
 
 
