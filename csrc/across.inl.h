@@ -101,7 +101,7 @@ template <class F> struct RowGroup {
           q_y = is_y ? q[c] : q_y;
           q_c = is_y ? V{} : q[c];
         }
-        row_lse<F>(part, is_y ? V{} : e_c, q_c, is_y ? V{} : m - z_c, turn, wants_stats);
+        row_lse<F>(part, is_y ? V{} : e_c, q_c, [&]() LAMBDA { return is_y ? V{} : m - z_c; }, turn, wants_stats);
         if constexpr (KEEP) z[c] = e_c;
       };
       int64_t c = begin;

@@ -91,16 +91,19 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
     const int64_t run_end = run + 2 * RUN * F::lanes < end ? run + 2 * RUN * F::lanes : end;
     for_each_vector<F>(x, run, run_end, o, -inf, [&](V, V z, int64_t c, int n, int turn) LAMBDA {
       __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
-      V q_c = {}, drop = {};
+      const V z_c = z;
+      V q_c = {};
       if constexpr (F::DENSE) q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
-      if (F::DENSE || wants_stats) drop = keep_first<A>(top - z, n, A(0));
-      if (c <= y && y < c + n) {
-        const auto is_y = lane_is<I>(y - c);
-        q_c = is_y ? V{} : q_c;
-        drop = is_y ? V{} : drop;
-        z = is_y ? splat(-inf) : z;
+      const bool holds_y = c <= y && y < c + n;
+      if (holds_y) {
+        q_c = lane_is<I>(y - c) ? V{} : q_c;
+        z = lane_is<I>(y - c) ? splat(-inf) : z;
       }
       const V e_c = shifted.exp(z);
+      const auto drop = [&]() LAMBDA {
+        const V below = keep_first<A>(top - z_c, n, A(0));
+        return holds_y ? (lane_is<I>(y - c) ? V{} : below) : below;
+      };
       row_lse<F>(sums, e_c, q_c, drop, turn, wants_stats);
       if constexpr (KEEP) {
         if (n == F::lanes) store(kept + c, e_c);

@@ -47,16 +47,16 @@ template <class N> struct RowSums { N m, so, z_y, q_y, q_others, q_drop, e_drop,
 template <class F> struct LaneSums { typename F::V so[2] = {}, q_others = {}, q_drop = {}, e_drop = {}; };
 
 // [3] row_lse
-// Adds classes: e_c = exp(z - m) and drop = m - z. For y, and for lanes that hold no class, e_c, q_c and drop are 0.
-template <class F>
-INLINE void row_lse(LaneSums<F>& sums, typename F::V e_c, typename F::V q_c, typename F::V drop, int turn,
-                    bool wants_stats) {
+// Adds classes: e_c = exp(z - m), and drop() = m - z where a sum asks for it. For y, and for lanes that hold no class,
+// e_c, q_c and drop() are 0.
+template <class F, class Drop>
+INLINE void row_lse(LaneSums<F>& sums, typename F::V e_c, typename F::V q_c, Drop drop, int turn, bool wants_stats) {
   sums.so[turn] += e_c;
   if constexpr (F::DENSE) {
     sums.q_others += q_c;
-    sums.q_drop += q_c * drop;
+    sums.q_drop += q_c * drop();
   }
-  if (wants_stats) sums.e_drop += e_c == 0 ? e_c : e_c * drop;
+  if (wants_stats) sums.e_drop += e_c == 0 ? e_c : e_c * drop();
 }
 
 // m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN.
@@ -103,7 +103,7 @@ template <class N> INLINE RowSums<N> combine(RowSums<N> a, RowSums<N> b, bool pr
 
 // What the loss and the gradient of a row are made from, once its sums are known.
 template <class N, class A> struct RowTerms {
-  RowSums<N> sums;
+  const RowSums<N>& sums;
   N e_y, lse_m;  // exp(z_y - m), lse - m
 
   INLINE explicit RowTerms(const RowSums<N>& sums) : sums(sums) {
