@@ -1,6 +1,6 @@
 """Breaks lines on purpose, one at a time, in a copy of the checkout, and shows which test sees it.
 
-    python tests/mutants.py            # all of them, some 20 minutes
+    python tests/mutants.py            # all of them, an hour and more
     python tests/mutants.py formula    # those whose file, or test, has this word in it
 
 A mutant that survives is a line that no test guards: the program then ends with 1.
@@ -80,7 +80,68 @@ CPP = [
     ("csrc/strided_rows.inl.h", "i < whole ? load(", "i < n ? load(", "tests/test_cpu.py -k 'beside or overlap'"),
     ("csrc/cross_entropy.cpp", "if (!given && weights != double(count)) call.ratio = weights / double(count);", "", "tests/test_backends.py -k cpu"),
 ]  # fmt: skip
-TRITON: list[tuple[str, str, str, str]] = []
+TRITON = [
+    ("fused_ce/backends/triton/plan.py", " and not options.inplace,", ",", "tests/test_gpu.py -k test_neighbours_in_memory and shared"),
+    ("fused_ce/backends/triton/launch.py", "    if target.dtype not in (torch.int64,", "    if call.has_probs:\n        reasons.append('no')\n    if target.dtype not in (torch.int64,", "tests/test_backends.py -k test_contract and triton and probabilities"),
+    ("fused_ce/backends/triton/launch.py", "    if target.dtype not in (torch.int64,", "    if input.dim() > 2:\n        reasons.append('no')\n    if target.dtype not in (torch.int64,", "tests/test_backends.py -k test_contract and triton and pixels"),
+    ("fused_ce/backends/triton/formula.py", "part.q_drop + part.q_others * rise", "part.q_drop", "tests/test_gpu.py -k test_paths and probabilities"),
+    ("fused_ce/backends/triton/formula.py", "(part.e_drop + part.so * rise) * shrink", "part.e_drop * shrink", "tests/test_row_sums.py -k triton"),
+    ("fused_ce/backends/triton/formula.py", "higher, m = b.m > a.m,", "higher, m = b.m < a.m,", "tests/test_gpu.py -k test_paths and probabilities"),
+    ("fused_ce/backends/triton/formula.py", "tl.where(lower, part.q_others + part.q_y, part.q_others)", "part.q_others", "tests/test_gpu.py -k test_paths and probabilities"),
+    ("fused_ce/backends/triton/formula.py", "tl.where(lower, part.q_drop + part.q_y * y_drop, part.q_drop)", "part.q_drop", "tests/test_row_sums.py tests/test_gpu.py -k triton and (row_sums or parts or test_paths)"),
+    ("fused_ce/backends/triton/formula.py", "tl.where(lower, part.so + exp(-y_drop, EXACT), part.so)", "part.so", "tests/test_gpu.py -k test_paths and probabilities"),
+    ("fused_ce/backends/triton/formula.py", 'return tl.where(m == float("-inf"), 0.0, m)', "return m", "tests/test_gpu.py -k test_paths and minus-inf"),
+    ("fused_ce/backends/triton/tiles.py", 'z = tl.where(col_mask, z, float("-inf"))', "z = z", "tests/test_gpu.py -k test_paths and everything"),
+    ("fused_ce/backends/triton/tiles.py", "tl.where(group.counted, dx, 0.0), mask)  # an ignored", "dx, mask)  # an ignored", "tests/test_backends.py -k test_contract and triton and ignored"),
+    ("fused_ce/backends/triton/forward.py", "tl.where(counted, loss, 0.0)", "loss", "tests/test_backends.py -k test_contract and triton and ignored"),
+    ("fused_ce/backends/triton/launch.py", 'saved[-1, :2] if options.reduction == "mean" else None,', "None,", "tests/test_backends.py -k test_contract and triton and weight-ignore"),
+    ("fused_ce/backends/triton/backward.py", "ratio = D / load_scalar(received.norm, 1, ACC)", "ratio = D / D", "tests/test_backends.py -k test_contract and triton and z-loss-weight"),
+    ("fused_ce/backends/triton/forward.py", "ratio = D / load_scalar(shared.norm, 1, ACC)", "ratio = D / D", "tests/test_backends.py -k test_contract and triton and z-loss-weight"),
+    ("fused_ce/backends/triton/rows.py", "return math.gcd(16, *strides, *lengths)", "return math.gcd(16, *lengths)", "tests/test_gpu.py -k test_neighbours_in_memory or test_paths"),
+    ("fused_ce/backends/triton/rows.py", "return math.gcd(16, *strides, *lengths)", "return math.gcd(16, *strides)", "tests/test_gpu.py -k test_neighbours_in_memory or test_paths"),
+    ("fused_ce/backends/triton/plan.py", "same = grad is not None and odd and congruent(logits, grad, vector)", "same = odd", "tests/test_gpu.py -k test_neighbours_in_memory"),
+    ("fused_ce/backends/triton/tiles.py", "before = (dx_at % VECTOR).to(tl.int32)", "before = (dx_at % VECTOR).to(tl.int32) * 0", "tests/test_gpu.py -k test_neighbours_in_memory"),
+    ("fused_ce/backends/triton/tiles.py", "(place // VECTOR >= tl.minimum(before, 1)) & (place // VECTOR < whole)", "(place // VECTOR < whole)", "tests/test_gpu.py -k test_neighbours_in_memory"),
+    ("fused_ce/backends/triton/tiles.py", "(place // VECTOR >= tl.minimum(before, 1)) & (place // VECTOR < whole)", "(place // VECTOR >= tl.minimum(before, 1)) & (place // VECTOR <= whole)", "tests/test_gpu.py -k test_neighbours_in_memory"),
+    ("fused_ce/backends/triton/tiles.py", "(edge < VECTOR - before) & (before > 0), cols < C)", "(edge < VECTOR - before) & (before > 0), cols < 0)", "tests/test_gpu.py -k test_neighbours_in_memory"),
+    ("fused_ce/backends/triton/tiles.py", "(edge < VECTOR - before) & (before > 0), cols < C)", "cols < 0, cols < C)", "tests/test_gpu.py -k test_neighbours_in_memory"),
+    ("fused_ce/backends/triton/tiles.py", "sink.dt_at + offset(cols, sink.grads.target.col, ALIGN), dt, mask)", "sink.dt_at + offset(cols, sink.grads.target.col, ALIGN), dt, col_mask)", "tests/test_gpu.py -k test_extras_and_their"),
+    ("fused_ce/backends/triton/tiles.py", "sink.dt_at + offset(cols, sink.grads.target.col, ALIGN), dt, mask)", "sink.dt_at + offset(cols, sink.grads.target.col, ALIGN), dt, group.row_mask)", "tests/test_gpu.py -k test_extras_and_their"),
+    ("fused_ce/backends/triton/tiles.py", "counted & ~exists)\n    return counted, tl.where(exists, y, -1)", "counted & ~exists)\n    return counted, tl.where(exists, y, 0)", "tests/test_backends.py -k test_target_out_of_range and triton"),
+    ("fused_ce/backends/triton/tiles.py", "exists = source.read & (y >= 0)", "exists = source.read", "tests/test_backends.py -k test_target_out_of_range and triton"),
+    ("fused_ce/backends/triton/backward.py", "    if TRAITS.UNLESS_EXPECTED:\n        if tl.load", "    if TRAITS.UNLESS_EXPECTED:\n        if True or tl.load", "tests/test_gpu.py -k test_expected_upstream"),
+    ("fused_ce/backends/triton/launch.py", "pieces = 1 if options.inplace else min", "pieces = min", "tests/test_gpu.py -k test_in_place"),
+    ("fused_ce/backends/triton/forward.py", "for p in tl.range(tl.program_id(0), groups, tl.num_programs(0),", "for p in tl.range(tl.program_id(0), tl.program_id(0) + 1, tl.num_programs(0),", "tests/test_gpu.py -k test_several_rows or test_paths"),
+    ("fused_ce/backends/triton/backward.py", "for p in range(tl.program_id(0), groups, tl.num_programs(0)):", "for p in range(tl.program_id(0), tl.program_id(0) + 1):", "tests/test_gpu.py -k test_several_rows or fewer_programs"),
+    ("fused_ce/backends/triton/tiles.py", "        for t in range(tl.program_id(1), tiles, tl.num_programs(1)):\n            cols =", "        for t in range(tl.program_id(1), tl.program_id(1) + 1):\n            cols =", "tests/test_gpu.py -k test_several_rows or fewer_programs"),
+    ("fused_ce/backends/triton/reduce.py", "n, tl.num_programs(0) * BLOCK):", "n, n):", "tests/test_gpu.py -k test_fewer_programs_to_rescale"),
+    ("fused_ce/backends/triton/reduce.py", "tl.minimum(CHUNK, N - first), BLOCK):\n        rows = first + start + tl.arange(0, BLOCK)\n        counted", "BLOCK, BLOCK):\n        rows = first + start + tl.arange(0, BLOCK)\n        counted", "tests/test_gpu.py -k test_chunks"),
+    ("fused_ce/backends/triton/reduce.py", "    parts += tl.program_id(0) * 2\n", "", "tests/test_gpu.py -k test_chunks"),
+    ("fused_ce/backends/triton/tiles.py", "        o, i = (p // groups).to(tl.int64),", "        o, i = (p // groups * 0).to(tl.int64),", "tests/test_gpu.py -k test_several_rows"),
+    ("fused_ce/backends/triton/forward.py", "once = group.row_mask & (tl.zeros_like(r) + tl.program_id(1) == 0)", "once = group.row_mask & (tl.zeros_like(r) + tl.program_id(1) == 1)", "tests/test_gpu.py -k test_rows_shared"),
+    ("fused_ce/backends/triton/forward.py", "mask = group.row_mask & (cols < C) if t == PIECES - 1 else group.row_mask", "mask = group.row_mask", "tests/test_gpu.py -k test_paths or test_neighbours"),
+    ("fused_ce/backends/triton/tiles.py", "at = i.to(tl.int64) * (stride // ALIGN * ALIGN)", "at = i * (stride // ALIGN * ALIGN)", "tests/test_gpu.py -k test_more_than_2_to"),
+    ("fused_ce/backends/triton/forward.py", "dx = tl.where(group.counted, dx, 0.0)  # an ignored row may hold NaN", "dx = dx  # an ignored row may hold NaN", "tests/test_backends.py -k test_contract and triton and ignored"),
+    ("fused_ce/backends/triton/forward.py", "y, z_y = argmax, finite(m)", "y, z_y = argmax, m", "tests/test_gpu.py -k test_paths and probabilities"),
+    ("fused_ce/backends/triton/tiles.py", "(y >= 0) & (y < C)", "(y < C)", "tests/test_backends.py -k test_target_out_of_range and triton"),
+    ("fused_ce/backends/triton/tiles.py", "(y >= 0) & (y < C)", "(y >= 0)", "tests/test_backends.py -k test_target_out_of_range and triton"),
+    ("fused_ce/backends/triton/forward.py", "tl.where(counted, argmax, -1), mask=mask", "argmax, mask=mask", "tests/test_gpu.py -k test_paths and everything"),
+    ("fused_ce/backends/triton/forward.py", "argmax = tl.maximum(stats.argmax, 0).to(tl.int64)", "argmax = stats.argmax.to(tl.int64)", "tests/test_gpu.py -k test_paths and minus-inf"),
+    ("fused_ce/backends/triton/formula.py", "tl.where(higher, b.argmax, a.argmax)", "b.argmax", "tests/test_gpu.py -k test_paths or test_extras"),
+    ("fused_ce/backends/triton/launch.py", "    dx = spare if spare is not None else input if options.inplace else", "    dx = spare if spare is not None else", "tests/test_gpu.py -k test_in_place"),
+    ("fused_ce/backends/triton/tiles.py", "x_at // VECTOR * VECTOR if TILING.SAME else x_at - before", "x_at // VECTOR * VECTOR", "tests/test_gpu.py -k test_neighbours"),
+    ("fused_ce/backends/triton/forward.py", "group.number * tl.num_programs(1) + t", "group.number * tl.num_programs(1)", "tests/test_gpu.py -k test_rows_shared"),
+    ("fused_ce/backends/triton/tiles.py", "(edge < VECTOR - before) & (before > 0)", "(edge < VECTOR - before)", "tests/test_gpu.py -k test_neighbours"),
+    ("fused_ce/backends/triton/launch.py", "input.dim() == 0 or target.shape", "input.dim() < 2 or target.shape", "tests/test_backends.py -k test_contract and triton and alone"),
+    ("fused_ce/backends/triton/formula.py", "e_drop += tl.where(e_c == 0.0, 0.0, e_c * drop)", "e_drop += e_c * drop", "tests/test_extras.py -k test_stats and triton"),
+    ("fused_ce/backends/triton/launch.py", "again=spare is not None and upstream.lse is None)", "again=False)", "tests/test_gpu.py -k test_expected_upstream"),
+    ("fused_ce/backends/triton/formula.py", "tl.maximum(a.z_y, b.z_y, tl.PropagateNan.ALL)", "tl.maximum(a.z_y, b.z_y)", "tests/test_gpu.py -k test_paths and nan-of-the-target"),
+    ("fused_ce/backends/triton/forward.py", "sums = combine(sums, more, TRAITS.PROBS, EXACT)", "sums = combine(more, sums, TRAITS.PROBS, EXACT)", "tests/test_gpu.py -k test_the_first_of_equal"),
+    ("fused_ce/backends/triton/formula.py", "higher, m = b.m > a.m,", "higher, m = b.m >= a.m,", "tests/test_gpu.py -k test_the_first_of_equal"),
+    ("fused_ce/backends/triton/formula.py", "q_drop += tl.where(others, q * drop, 0.0)", "q_drop += tl.where(col_mask, q * drop, 0.0)", "tests/test_backends.py -k test_contract and triton and smoothing"),
+    ("fused_ce/backends/triton/tiles.py", "is_float32(logits.ptr.dtype)), group.row_mask & col_mask", "is_float32(logits.ptr.dtype)), col_mask", "tests/test_gpu.py -k test_several_rows or extras_and_their"),
+    ("fused_ce/backends/triton/forward.py", "tl.where(z > highest, cols, at)", "tl.where(z >= highest, cols, at)", "tests/test_gpu.py -k test_the_first_of_equal"),
+]  # fmt: skip
 MUTANTS = [Mutant(*fields) for fields in (*PYTHON, *TRITON, *CPP)]
 
 
