@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -247,11 +248,12 @@ def accuracy(patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @needs_kernels
 def test_accuracy_page(accuracy: ModuleType) -> None:
-    results = {
-        (problem, name): found
-        for dtype in accuracy.DTYPES
-        for problem, name, found in accuracy.measure(dtype, 65, "normal", accuracy.implementations(dtype))
-    }
+    with np.errstate(all="ignore"):  # Triton's interpreter is NumPy; inf - inf is silent on a GPU
+        results = {
+            (problem, name): found
+            for dtype in accuracy.DTYPES
+            for problem, name, found in accuracy.measure(dtype, 65, "normal", accuracy.implementations(dtype))
+        }
     names = {name for _, name in results}
     assert {"torch", "torch on float32", *(f"cpu {isa}" for isa in cpu._C.isa_names())} <= names
     for (problem, name), found in results.items():
