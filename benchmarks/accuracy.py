@@ -13,8 +13,6 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +22,8 @@ from report import machine
 from torch import Tensor
 
 import fused_ce
-from fused_ce.backends import cpu, reference, triton
+from fused_ce.backends import cpu, reference
+from fused_ce.backends.triton import launch
 from fused_ce.contract import Call
 from fused_ce.options import Options
 
@@ -130,10 +129,9 @@ def backend(name: str) -> str:
 def implementations(dtype: str) -> list[str]:
     names = ["torch"] if dtype == "float32" else ["torch", "torch on float32"]
     names += [f"cpu {isa}" for isa in (cpu._C.isa_names() if cpu._C else [])]
-    if find_spec("triton") is not None and not torch.cuda.is_available():
+    if launch.INSTALLED and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported
-        for module in Path(triton.__file__).parent.glob("[!_]*.py"):
-            import_module(f"{triton.__name__}.{module.stem}")
+        launch._kernels()
         # The interpreter cuts float32 off to make bfloat16, where a GPU rounds: its figure would be of no use.
         names += ["triton"] if dtype != "bfloat16" else []
     return names

@@ -227,7 +227,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
       // Every part is brought to the row's m at once: from part to part, each step up would round once more.
       double m = parts[0].sums.m;
       for (int64_t b = 1; b < count; b++) m = parts[b].sums.m > m ? parts[b].sums.m : m;
-      sums = count > 1 ? rescale(parts[0].sums, m) : parts[0].sums;
+      sums = rescale(parts[0].sums, m);
       for (int64_t b = 1; b < count; b++) sums = combine(sums, rescale(parts[b].sums, m), false);
     } else {
       const Saved& saved = call.saved[i];

@@ -62,8 +62,9 @@ INLINE void row_lse(LaneSums<F>& sums, typename F::V e_c, typename F::V q_c, Dro
 // m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN.
 template <class N> INLINE N finite(N m) { return m == -infinity_of(m) ? N{} : m; }
 
-// The sums of a part as they are relative to the m of the whole row.
+// The sums of a part as they are relative to the m of the whole row; of a part that holds m they are that already.
 template <class N> INLINE RowSums<N> rescale(RowSums<N> part, N m) {
+  if (part.m == m) return part;
   const N rise = finite(m) - finite(part.m), shrink = exp_of(part.m - finite(m));
   part.m = m;
   part.q_drop += part.q_others * rise;
@@ -88,8 +89,7 @@ template <class N> INLINE RowSums<N> combine(RowSums<N> a, RowSums<N> b, bool pr
   const bool higher = b.m > a.m;
   const N m = higher ? b.m : a.m;
   if (probs) (higher ? a : b) = put_back(higher ? a : b);
-  // The part that holds m is relative to it already.
-  (higher ? a : b) = rescale(higher ? a : b, m);
+  a = rescale(a, m), b = rescale(b, m);
   const bool takes_a = a.z_y > b.z_y || a.z_y != a.z_y;  // a NaN of y's wins
   return {m,
           a.so + b.so,

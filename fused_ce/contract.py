@@ -30,6 +30,10 @@ class Call(NamedTuple):
         return row_shape(self.input)
 
     @property
+    def classes(self) -> int:
+        return self.input.shape[1 if self.input.dim() > 1 else 0]
+
+    @property
     def has_probs(self) -> bool:
         """Whether the target holds probabilities."""
         return self.target.is_floating_point()

@@ -79,16 +79,18 @@ def row_lse(
     m = z.detach().amax(-1)
     held = (y >= 0) & (y < z.shape[-1])
     at = torch.where(held, y, 0)[:, None]
+
+    def without_y(values: Tensor) -> Tensor:  # (R, C)
+        return values.scatter(-1, at, torch.where(held[:, None], 0, values.gather(-1, at)))
+
     drop = finite(m)[:, None] - z
-    e_c = torch.exp(-drop)
-    e_c = e_c.scatter(-1, at, torch.where(held[:, None], 0, e_c.gather(-1, at)))
+    e_c = without_y(torch.exp(-drop))
     zero = torch.zeros_like(m)
     q_others = q_drop = zero
     if q is not None:
-        q = q.scatter(-1, at, torch.where(held[:, None], 0, q.gather(-1, at)))
+        q = without_y(q)
         q_others = q.sum(-1)
-        # Not 0 * drop, which is NaN where z_y is -inf.
-        q_drop = (q * drop.scatter(-1, at, torch.where(held[:, None], 0, drop.gather(-1, at)))).sum(-1)
+        q_drop = (q * without_y(drop)).sum(-1)  # not 0 * drop, which is NaN where z_y is -inf
     return RowSums(
         m,
         e_c.sum(-1),

@@ -13,10 +13,9 @@ from torch import Tensor
 from . import _torch, formula
 from .backends import dispatch
 from .contract import Backend, Call, Stats
-from .options import REDUCTIONS
+from .options import FLOATS, REDUCTIONS
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.uint8)
 
@@ -96,7 +95,7 @@ def _with_loss_dtype(call: Call) -> Call:
     dtype = options.dtype or own
     if dtype in _HALVES and torch.is_autocast_enabled(input.device.type):
         dtype = torch.float32
-    if target.dtype in _FLOATS:
+    if target.dtype in FLOATS:
         dtype = torch.promote_types(dtype, target.dtype)
     # None, where it may be: replacing a field costs as much as all of this.
     return call if dtype is (options.dtype or own) else call._replace(options=options._replace(dtype=dtype))
@@ -105,14 +104,14 @@ def _with_loss_dtype(call: Call) -> Call:
 def _is_ordinary(call: Call) -> bool:
     """Plain strided tensors and options that torch accepts; all else is torch's to judge, in its own words."""
     input, target, weight, options = call
-    if not (_is_plain(input) and _is_plain(target) and input.dtype in _FLOATS and type(options.ignore_index) is int):
+    if not (_is_plain(input) and _is_plain(target) and input.dtype in FLOATS and type(options.ignore_index) is int):
         return False
     shape, labels, kind = input.shape, target.shape, target.dtype
     rank = len(shape)
     if rank == 2 and labels == shape[:1]:
         fits = kind in _INDICES
     elif labels == shape:
-        fits = kind in _FLOATS and options.ignore_index < 0 and rank > 0
+        fits = kind in FLOATS and options.ignore_index < 0 and rank > 0
     elif rank > 2:
         fits = kind is torch.int64 and labels == shape[:1] + shape[2:]
     else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of logits, probabilities and weights
 
 
 class Options(NamedTuple):

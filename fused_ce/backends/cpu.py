@@ -79,7 +79,7 @@ def forward(call: Call, schedule: Schedule) -> Forward:
     _C.forward(
         _given(call, weight),
         options,
-        math.nan if options.num_items is None else float(options.num_items),
+        _num_items(options),
         1.0 if options.grad_scale is None else _expected(options, dtype),
         (loss.data_ptr(), _DTYPES[dtype]),
         None if grad is None else _view(grad),
@@ -114,7 +114,7 @@ def backward(
     _C.backward(
         _given(call, weight),
         options,
-        math.nan if options.num_items is None else float(options.num_items),
+        _num_items(options),
         (_pointer(of_rows), scale, _pointer(of_lse)),
         _view(dx),
         None if dt is None else _view(dt),
@@ -178,6 +178,11 @@ def _stats(table: Tensor, call: Call) -> Stats:  # (rows, 4) float64
 
 def _given(call: Call, weight: Tensor | None) -> tuple[Any, Any, int]:
     return _view(call.input), _view(call.target), _pointer(weight)
+
+
+def _num_items(options: Options) -> float:
+    """NaN: not given."""
+    return math.nan if options.num_items is None else float(options.num_items)
 
 
 def _pointer(tensor: Tensor | None) -> int:

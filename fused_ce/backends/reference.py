@@ -7,15 +7,13 @@ from torch import Tensor
 
 from .. import formula
 from ..contract import Call, Forward, Gradients, Schedule, Upstream
-from ..options import Options
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from ..options import FLOATS, Options
 
 
 def unsupported(call: Call) -> list[str]:
     """Why this backend cannot take the call, in words; an empty list when it can."""
     reasons = []
-    if call.input.dtype not in _FLOATS:
+    if call.input.dtype not in FLOATS:
         reasons.append(f"the input is {call.input.dtype}; the formula is written for floating point logits")
     if call.input.dim() == 0:
         reasons.append("the input has no class dimension")
@@ -68,8 +66,8 @@ def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Ten
 
 def check_target(call: Call) -> None:
     """Raise torch's own IndexError for a class index outside [0, C) that is not ignored."""
-    target, C = call.target.long(), call.input.shape[0 if call.input.dim() == 1 else 1]
-    bad = ((target < 0) | (target >= C)) & (target != call.options.ignore_index)
+    target = call.target.long()
+    bad = ((target < 0) | (target >= call.classes)) & (target != call.options.ignore_index)
     if bad.any():
         raise IndexError(f"Target {int(target[bad].flatten()[0])} is out of bounds.")
 

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import Call, Forward, Gradients, Schedule, Stats, Upstream
-from ...options import Options
+from ...contract import Call, Forward, Gradients, RowSums, Schedule, Stats, Upstream
+from ...options import FLOATS, Options
 from .arguments import Given, Grads, Out, Received, Shared
-from .plan import classes, cut
+from .plan import cut
 from .rows import NOTHING, Matrix, matrices, rows
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 CHUNK = 32768  # rows one program sums; more rows take a second launch
 SUMS = {"CHUNK": CHUNK, "BLOCK": 4096, "num_warps": 8}
@@ -51,9 +50,9 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"target must hold class indices, int64 or uint8, or probabilities, got {target.dtype}")
     if input.dim() == 0 or target.shape != (input.shape if call.has_probs else call.row_shape):
         reasons.append(f"input must be (N, C, d1..dk) or (C), got {tuple(input.shape)}, target {tuple(target.shape)}")
-    elif classes(input) == 0:
+    elif call.classes == 0:
         reasons.append("input has no classes")
-    elif weight is not None and (weight.dtype not in FLOATS or weight.shape != (classes(input),)):
+    elif weight is not None and (weight.dtype not in FLOATS or weight.shape != (call.classes,)):
         reasons.append(f"weight must be (C) and floating, got {tuple(weight.shape)} of {weight.dtype}")
     return reasons
 
@@ -88,8 +87,8 @@ def forward(call: Call, schedule: Schedule) -> Forward:
         grids: dict[int, tuple[int, ...]] = {0: (plan.programs,)}
         if plan.shares:
             # Few rows: one program a tile, and then one to join the tiles' sums in the same order as ever.
-            tiles = -(-classes(input) // plan.tiling.BLOCK)
-            parts = loss.new_empty((plan.groups, tiles, 8), dtype=torch.float64)
+            tiles = -(-call.classes // plan.tiling.BLOCK)
+            parts = loss.new_empty((plan.groups, tiles, len(RowSums._fields)), dtype=torch.float64)
             grids = {1: (plan.groups, tiles), 2: (plan.groups, tiles if fused else 1)}
         for step, grid in grids.items():
             _launch(
@@ -131,7 +130,7 @@ def backward(
         plan = cut(call, sizes, views, held=False, again=spare is not None and upstream.lse is None)
         programs = min(plan.groups, 2048)
         # In place, a row is one program's: another might overwrite x_y before it is read.
-        pieces = 1 if options.inplace else min(-(-classes(input) // plan.tiling.BLOCK), 2048 // programs)
+        pieces = 1 if options.inplace else min(-(-call.classes // plan.tiling.BLOCK), 2048 // programs)
         _launch(
             "backward",
             (programs, pieces),
@@ -198,7 +197,7 @@ def _norm(call: Call, saved: Tensor | None) -> Tensor | None:
         N, chunks = target.numel(), _chunks(target.numel())
         parts = norm if chunks == 1 else norm.new_empty((chunks, 2))
         labels, ignore_index = rows(target), options.ignore_index
-        _launch("prepare", (chunks,), labels, _packed(weight), parts, N, classes(input), ignore_index, **SUMS)
+        _launch("prepare", (chunks,), labels, _packed(weight), parts, N, call.classes, ignore_index, **SUMS)
         return norm if chunks == 1 else _total(parts, None, norm)
     norm[:] = math.prod(call.row_shape) if options.num_items is None else options.num_items
     return norm
@@ -219,7 +218,7 @@ def _given(call: Call, sizes: list[int], views: list[Matrix | None]) -> Given:
     logits, probs, *_ = views
     assert logits is not None
     outer = tuple(sizes[-2::-1]) or None
-    return Given(logits, probs or rows(call.target), _packed(call.weight), classes(call.input), outer)
+    return Given(logits, probs or rows(call.target), _packed(call.weight), call.classes, outer)
 
 
 def _scalars(options: Options) -> tuple[Any, ...]:

@@ -82,7 +82,7 @@ def cut(call: Call, sizes: Sequence[int], views: Sequence[Matrix | None], held: 
     input, _, weight, options = call
     logits, _, grad, *_ = views
     assert logits is not None
-    C = classes(input)
+    C = call.classes
     # Pixels lie side by side in the gradient at least; rows of classes that lie apart may.
     pixels = call.row_shape[1:].numel()
     side = pixels if pixels > 1 else 1 if logits.col is None else 32
@@ -143,10 +143,6 @@ def has_clusters(capability: tuple[int, int] | None) -> bool:
 
     version = tuple(int(number) for number in triton.__version__.split(".")[:2])
     return capability is not None and capability >= (9, 0) and version >= (3, 9)
-
-
-def classes(input: Tensor) -> int:
-    return input.shape[1 if input.dim() > 1 else 0]
 
 
 def _power_of_2(n: int) -> int:
