@@ -1,4 +1,4 @@
-"""Every private name of torch that the package uses, found once, here.
+"""Every private name of torch that the package uses, found once, here; and what else of torch needs care.
 
 Where a version of torch lacks one, its stand-in gives the careful answer: the call then runs torch's own operators, or
 costs a copy, but is never wrong.
@@ -6,8 +6,9 @@ costs a copy, but is never wrong.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,20 +26,33 @@ def _find(path: str, otherwise: Any = None) -> Any:
 # Whether a torch.func transform is at work.
 transforms_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: True)
 
-# Modes that watch torch's functions and operators, and what records them for torch.jit.trace.
-_function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", lambda: 1)
+# Modes that watch torch's functions and operators, and what records them for torch.jit.trace. A default device is such
+# a mode too, one that only looks at functions that make tensors.
+_function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", lambda: -1)
+_function_mode: Callable[[int], object] = _find("_C._get_function_stack_at", lambda i: None)
+_DEVICE_CONTEXT = "torch.utils._device"  # the module of its class
 _dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 1)
 _tracing_state: Callable[[], object] = _find("_C._get_tracing_state", lambda: "unknown")
 
 # Whether the backward that runs now was asked to keep its graph.
 keeps_graph: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
 
+# Whether a tensor holds zeros that take no memory, as autograd makes them.
+_is_zero: Callable[[Tensor], bool] = _find("_is_zerotensor", lambda tensor: False)
+
+# The hooks that saved tensors go through (checkpointing, offloading), or None.
+_saved_tensor_hooks: Callable[[bool], object] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda _: "any")
+
 # Whether a vmap over upstream gradients (is_grads_batched, or torch.func's) made this tensor.
 _is_legacy_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", lambda tensor: True)
 _is_wrapped: Callable[[Tensor], bool] = _find("_C._functorch.is_functorch_wrapped_tensor", lambda tensor: True)
 
+_PID = os.getpid()
+T = TypeVar("T")
+
 _HAS_LEVELS = _find("autograd.forward_ad._current_level") is not None
 _HAS_VERSIONS = _find("Tensor._version") is not None
+_UNPACKS_ONE = _find("_C._autograd.SavedTensor.unpack") is not None
 _HAS_BASES = _find("Tensor._is_view") is not None and _find("Tensor._base") is not None
 
 
@@ -48,12 +62,60 @@ def dual_level_active() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether something records or intercepts torch's operators; or changes in place would go unseen."""
-    return not (_HAS_VERSIONS and _function_modes() == 0 and _dispatch_modes() == 0 and _tracing_state() is None)
+    """Whether something records or intercepts torch's functions; or changes in place would go unseen."""
+    modes = _function_modes()
+    if modes < 0 or any(type(_function_mode(i)).__module__ != _DEVICE_CONTEXT for i in range(modes)):
+        return True
+    return not _HAS_VERSIONS or _tracing_state() is not None
 
 
-def is_batched(tensor: Tensor | None) -> bool:
-    return tensor is not None and (_is_legacy_batched(tensor) or _is_wrapped(tensor))
+def is_dispatched() -> bool:
+    """Whether something watches torch's operators: it is to see the kernels as one of them."""
+    return _dispatch_modes() > 0
+
+
+def has_hooks() -> bool:
+    """Whether saved tensors go through hooks."""
+    return _saved_tensor_hooks(True) is not None
+
+
+def saved(ctx: Any) -> Callable[[int], Any]:
+    """Gives the i-th tensor that a Function saved, or None.
+
+    Only that one is asked whether it was changed in place since (a RuntimeError), where torch can ask one.
+
+    Raises:
+        RuntimeError: the graph was freed.
+    """
+    if not _UNPACKS_ONE:
+        return ctx.saved_tensors.__getitem__  # type: ignore[no-any-return]
+    packed = ctx._raw_saved_tensors
+    return lambda i: packed[i].unpack()
+
+
+def under_transforms() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return transforms_active() or dual_level_active()
+
+
+def is_transformed(upstream: Tensor | None) -> bool:
+    """Whether a backward with this upstream gradient is itself differentiated or vectorised."""
+    if upstream is None:
+        return False
+    return under_transforms() or _is_legacy_batched(upstream) or _is_wrapped(upstream)
+
+
+def save_alias(node: Any, i: int) -> None:
+    """Let a node keep an alias of the i-th tensor that it saved, with its graph, in place of the tensor itself.
+
+    torch then no longer looks whether it was changed in place; `version` tells.
+    """
+    if not has_hooks():
+        node._raw_saved_tensors[i].register_hooks(Tensor.detach, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def version(tensor: Tensor) -> int:
@@ -69,6 +131,34 @@ def shares_a_leaf(tensor: Tensor) -> bool:
     return base is not None and base.is_leaf and base.requires_grad
 
 
+def with_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or zeros made real that torch keeps without memory.
+
+    Raises:
+        RuntimeError: its storage was freed.
+    """
+    if tensor.data_ptr() or not tensor.numel():
+        return tensor
+    if _is_zero(tensor):
+        return tensor.clone()
+    raise RuntimeError(
+        f"The tensor has a non-zero number of elements, but its data is not allocated: shape {tuple(tensor.shape)}, "
+        "storage freed (untyped_storage().resize_(0), as FSDP and offloading do). Bring it back first."
+    )
+
+
+def in_any_process(work: Callable[[], T]) -> T:
+    """What torch's own operators give, in a forked child too: there they would wait for threads that are not."""
+    threads = torch.get_num_threads()
+    if os.getpid() == _PID or threads == 1:
+        return work()
+    torch.set_num_threads(1)
+    try:
+        return work()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _reduction_of(size_average: bool | None, reduce: bool | None) -> str:
     """torch's rule for its two deprecated arguments."""
     if reduce is False:
@@ -77,3 +167,11 @@ def _reduction_of(size_average: bool | None, reduce: bool | None) -> str:
 
 
 legacy_reduction: Callable[[bool | None, bool | None], str] = _find("nn._reduction.legacy_get_string", _reduction_of)
+
+_warn_of_reduction: Callable[[str], int] = _find("nn._reduction.get_enum", lambda name: 1)
+
+
+def mean_by_its_old_name() -> str:
+    """torch still knows "elementwise_mean", and warns of it."""
+    _warn_of_reduction("elementwise_mean")
+    return "mean"

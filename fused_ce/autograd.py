@@ -5,23 +5,29 @@ It is handed a backend and a differentiable composite, and names no device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _torch
+from . import _torch, operators
 from .contract import Backend, Call, Stats, Upstream
 from .options import Options
 
+_INPUT, *_OTHERS = range(5)  # what is saved, in order: input, and target, weight, grad, saved
+_NO_GRADIENTS = (None,) * 4  # of what follows the target
 Composite = Callable[[Call], tuple[Tensor, Stats | None]]  # the loss, differentiable to any order
 
 
 def with_gradient(call: Call, backend: Backend, composite: Composite) -> tuple[Tensor, Stats | None]:
     """The loss, part of autograd's graph, and the statistics if asked for."""
     outputs = CrossEntropy.apply(*call, backend, composite)  # type: ignore[no-untyped-call]
-    return (outputs[0], Stats(*outputs[1:])) if call.options.return_stats else (outputs, None)
+    loss = outputs[0] if call.options.return_stats else outputs
+    if not (call.input.is_leaf or call.options.inplace):
+        # Saved themselves, with a hook that knows the loss, the logits would never be collected.
+        _torch.save_alias(loss.grad_fn, _INPUT)
+    return (loss, Stats(*outputs[1:])) if call.options.return_stats else (loss, None)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -40,19 +46,23 @@ class CrossEntropy(torch.autograd.Function):
         composite: Composite,
     ) -> Any:
         # Made in backward instead: rows whose upstream gradients are not known yet; float16, which flushes a
-        # gradient already divided by N to zero unless a loss scale is known; the gradient of probabilities.
+        # gradient already divided by N to zero unless a loss scale is known; 16 bits in place, which would find no
+        # logits to start again from for another upstream gradient; the gradient of probabilities; and what is saved
+        # through hooks, which free or move it.
         fused = options.reduction != "none" and not ctx.needs_input_grad[1]
+        fused = fused and not (options.inplace and input.itemsize == 2)
         fused = fused and (input.dtype != torch.float16 or options.grad_scale is not None)
-        # Not among the saved tensors: torch's cross entropy lets the logits be changed in place after
-        # forward, and so does the fused schedule, which does not need them again.
-        ctx.input, ctx.version = input, _torch.version(input)
+        fused = fused and not _torch.has_hooks()
         if isinstance(options.num_items, Tensor) or isinstance(options.grad_scale, Tensor):
             options = _frozen(options)
+        if input.is_inference():  # which autograd does not save; it is the target that wants a gradient
+            input = input.clone()
         call = Call(input, target, weight, options)
         loss, grad, saved, stats = backend.forward(call, "fused" if fused else "recompute")
         if options.inplace and fused:
             torch.autograd.graph.increment_version(input)
-        ctx.save_for_backward(target, weight, grad, saved)
+        ctx.version = _torch.version(input)
+        ctx.save_for_backward(None if grad is input else input, target, weight, grad, saved)  # see _OTHERS
         ctx.options, ctx.backend, ctx.composite = options, backend, composite
         ctx.set_materialize_grads(False)
         if stats is None:
@@ -62,41 +72,53 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
-        if ctx.input is None:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: the saved tensors have been freed. "
-                "Specify retain_graph=True in the first backward."
-            )
-        target, weight, grad, saved = ctx.saved_tensors
-        call = Call(ctx.input, target, weight, ctx.options)
-        keep = _torch.keeps_graph()
-        unchanged = _torch.version(call.input) == ctx.version
-        # create_graph=True, or a vmap over upstream gradients: only differentiable operators will do.
-        composite = torch.is_grad_enabled() or _torch.is_batched(grad_output) or _torch.is_batched(g_lse)
+        read = _torch.saved(ctx)
+        target, weight, grad, saved = (read(i) for i in _OTHERS)
+        # create_graph=True, or a transform of this backward: only differentiable operators will do.
+        if torch.is_grad_enabled() or _torch.is_transformed(grad_output) or _torch.is_transformed(g_lse):
+            call = Call(_logits(ctx, read), target, weight, ctx.options)
+            return *differentiable(call, ctx.composite, ctx.needs_input_grad, grad_output, g_lse), *_NO_GRADIENTS
+        options, backend, keep = ctx.options, ctx.backend, _torch.keeps_graph()
+        upstream = Upstream(_real(grad_output, target), None if g_lse is None else _real(g_lse, target))
+        dx, dt = None, None
         if g_lse is not None:
             grad = None  # it was made for an lse without an upstream gradient
-        if not unchanged and (composite or grad is None):
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
-                f"logits, {tuple(call.input.shape)}, are at version {_torch.version(call.input)}; expected version "
-                f"{ctx.version} instead. Clone them before changing them."
-            )
-        dt = None
-        if composite:
-            dx, dt = _differentiable(ctx, call, grad_output, g_lse)
-        else:
-            upstream = Upstream(call.input.new_zeros(()) if grad_output is None else grad_output, g_lse)
-            if unchanged:
-                dx, dt = ctx.backend.backward(call, grad, saved, upstream, keep, ctx.needs_input_grad[1])
-            else:
-                dx = ctx.backend.rescale(grad, ctx.options, upstream.loss, keep)
-            if ctx.options.inplace:
-                dx = dx.detach()  # it is, or shares the memory of, the logits with their graph
+        if grad is not None:
+            dx = backend.rescale(grad, target, options, upstream.loss, keep, exactly=not options.inplace)
+        if dx is None:
+            # Read as late as here, because torch lets them be changed in place after forward.
+            try:
+                call = Call(_logits(ctx, read), target, weight, options)
+            except RuntimeError:
                 if grad is None:
+                    raise
+                dx = backend.rescale(grad, target, options, upstream.loss, keep, exactly=False)
+            else:
+                dx, dt = backend.backward(call, grad, saved, upstream, keep, ctx.needs_input_grad[1])
+                if options.inplace:
                     torch.autograd.graph.increment_version(call.input)
-        if not keep:
-            ctx.input = None
-        return dx, dt, None, None, None, None
+        # In place it is, or shares the memory of, the logits with their graph.
+        return dx.detach() if options.inplace else dx, dt, *_NO_GRADIENTS
+
+
+def _logits(ctx: Any, read: Callable[[int], Any]) -> Tensor:  # (N, C, d1..dk)
+    """The logits that forward saved.
+
+    Raises:
+        RuntimeError: they were changed in place or freed since.
+    """
+    input = read(_INPUT)
+    if input is None or _torch.version(input) != ctx.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            + ("inplace=True wrote" if input is None else f"someone wrote, at {tuple(input.shape)},")
+            + " over the logits. Clone them before they are changed."
+        )
+    return _torch.with_memory(input)
+
+
+def _real(upstream: Tensor | None, target: Tensor) -> Tensor:  # () or R
+    return target.new_zeros((), dtype=torch.float32) if upstream is None else _torch.with_memory(upstream)
 
 
 def _frozen(options: Options) -> Options:
@@ -108,13 +130,17 @@ def _frozen(options: Options) -> Options:
     return options._replace(num_items=num_items, grad_scale=grad_scale)
 
 
-def _differentiable(
-    ctx: Any, call: Call, grad_output: Tensor | None, g_lse: Tensor | None
+def differentiable(
+    call: Call, composite: Composite, wanted: Sequence[bool], grad_output: Tensor | None, g_lse: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    wanted = [tensor for tensor, needed in zip(call[:2], ctx.needs_input_grad, strict=False) if needed]
+    """The gradients of the logits and of probabilities, where wanted, out of operators that every transform takes."""
+    if _torch.under_transforms():  # whose levels autograd.grad would not see
+        g_loss = call.input.new_zeros(()) if grad_output is None else grad_output
+        return operators.gradients(call, g_loss, g_lse, wanted[1])
+    inputs = [tensor for tensor, needed in zip(call[:2], wanted, strict=False) if needed]
     with torch.enable_grad():
-        loss, stats = ctx.composite(call)
+        loss, stats = composite(call)
         pairs = [(loss, grad_output), (stats and stats.lse, g_lse)]
         outputs, grads = zip(*((output, grad) for output, grad in pairs if grad is not None), strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])  # type: ignore[return-value]
+        found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True))
+    return tuple(next(found) if needed else None for needed in wanted[:2])  # type: ignore[return-value]

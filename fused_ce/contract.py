@@ -111,8 +111,13 @@ class Backend(Protocol):
     ) -> Gradients:
         """The gradients for these upstream gradients, from what forward gave; `keep`: grad is needed again."""
 
-    def rescale(self, grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
-        """A fused gradient made right for another upstream gradient, without the logits; it costs a rounding."""
+    def rescale(
+        self, grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool
+    ) -> Tensor | None:
+        """A fused gradient made right for another upstream gradient without the logits, which costs a rounding.
+
+        `exactly`: None where that would be more than one, or more than the dtype's last digits.
+        """
 
 
 def row_shape(input: Tensor) -> torch.Size:

@@ -45,12 +45,10 @@ Milakov and Gimelshein (2018).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .contract import Call, RowSums, Stats
+from .contract import RowSums, Stats
 from .options import Options
 
 
@@ -202,85 +200,3 @@ def row_stats(sums: RowSums, options: Options) -> Stats:  # (R,) each
     _, z_loss = row_loss(sums, options)
     y_drop = torch.where(e_y == 0, 0, e_y * (sums.m - sums.z_y))
     return Stats(sums.m + lse_m, z_loss, sums.argmax, lse_m + (sums.e_drop + y_drop) / (sums.so + e_y))
-
-
-class Rows(NamedTuple):
-    """A call taken apart into rows, all in the dtype that it is computed in."""
-
-    x: Tensor  # (R, C)
-    z: Tensor  # (R, C)
-    y: Tensor  # (R,)
-    q: Tensor | None  # (R, C); None: no class but y has any
-    sums: RowSums
-    counted: Tensor  # (R,) bool, rows that are not ignored
-    weight: Tensor | None  # (C,)
-
-
-def rows_of(call: Call) -> Rows:
-    input, target, weight, options = call
-    wide = torch.float64 in (input.dtype, options.dtype, target.dtype)
-    acc = torch.float64 if wide else torch.float32
-    x = as_rows(input).to(acc)
-    w = None if weight is None else weight.to(acc)
-    e, C = options.smoothing, x.shape[-1]
-    if target.shape == input.shape:
-        counted = torch.ones_like(x[:, 0], dtype=torch.bool)
-        z = transform(x, options)
-        y = z.argmax(-1)
-        q: Tensor | None = (1 - e) * as_rows(target).to(acc) + e / C
-    else:
-        target = target.reshape(-1).long()  # a uint8 of 156 equals -100
-        counted = target != options.ignore_index
-        # An ignored row may hold inf or NaN: zeros in its place keep its loss and gradient at 0.
-        x = torch.where(counted[:, None], x, 0)
-        z = transform(x, options)
-        y = torch.where(counted, target, 0)
-        q = (1 - e) * torch.zeros_like(z).scatter(-1, y[:, None], 1.0) + e / C if e > 0 else None
-    if q is None:
-        q_y = torch.ones_like(y, dtype=z.dtype) if w is None else w[y]
-    else:
-        q = q if w is None else q * w
-        q_y = q.gather(-1, y[:, None]).squeeze(-1)
-    return Rows(x, z, y, q, row_lse(z, y, q_y, q, options.return_stats), counted, w)
-
-
-def as_rows(tensor: Tensor) -> Tensor:  # (N, C, d1..dk) or (C) -> (R, C)
-    class_dim = 0 if tensor.dim() == 1 else 1
-    return tensor.movedim(class_dim, -1).reshape(-1, tensor.shape[class_dim])
-
-
-def divisors(call: Call, rows: Rows) -> tuple[Tensor | float, Tensor | float]:
-    """What the cross entropy and the z-loss are divided by: class weights count in the first only."""
-    if call.options.reduction != "mean":
-        return 1.0, 1.0
-    if call.options.num_items is not None:
-        return call.options.num_items, call.options.num_items
-    count = rows.counted.sum()
-    if rows.weight is None or call.target.shape == call.input.shape:
-        return count, count
-    return torch.where(rows.counted, rows.weight[rows.y], 0).sum(), count
-
-
-def composite(call: Call) -> tuple[Tensor, Stats | None]:
-    """The whole loss out of plain differentiable torch operators, and the statistics if asked for.
-
-    Takes what `torch.nn.functional.cross_entropy` takes (input (N, C, d1..dk) or (C), class indices or
-    probabilities) once torch has accepted the shapes, and every derivative of any order.
-    """
-    input, target, _, options = call
-    rows = rows_of(call)
-    counted, shape = rows.counted, call.row_shape
-    loss, z_loss = (torch.where(counted, part, 0) for part in row_loss(rows.sums, options))
-    if options.reduction == "none":
-        total = (loss + z_loss).reshape(shape)
-    else:
-        D, count = divisors(call, rows)
-        total = loss.sum() / D + z_loss.sum() / count
-    promoted = torch.promote_types(input.dtype, target.dtype) if target.shape == input.shape else input.dtype
-    stats = None
-    if options.return_stats:
-        lse, z_loss, argmax, entropy = row_stats(rows.sums, options)
-        lse, z_loss, entropy = (torch.where(counted, value, 0) for value in (lse, z_loss.detach(), entropy.detach()))
-        argmax = torch.where(counted, argmax, -1)
-        stats = Stats(*(value.reshape(shape) for value in (lse, z_loss, argmax, entropy)))
-    return total.to(options.dtype or promoted), stats

@@ -103,6 +103,8 @@ def cross_entropy(  # type: ignore[misc]
     """
     if size_average is not None or reduce is not None:
         reduction = _torch.legacy_reduction(size_average, reduce)
+    if reduction == "elementwise_mean":
+        reduction = _torch.mean_by_its_old_name()
     options = Options(
         ignore_index,
         label_smoothing,
@@ -116,8 +118,8 @@ def cross_entropy(  # type: ignore[misc]
         inplace,
         return_stats,
     )
-    if not options.is_plain or grad_scale is not None:
-        check_keywords(options)
+    if dtype is not None or grad_scale is not None or not options.is_plain:
+        options = check_keywords(options, input.dtype)
     call = Call(input, target, weight, options)
     loss, stats = _run(call, backend)
     return _output(loss, stats, call) if return_stats else loss
@@ -126,9 +128,11 @@ def cross_entropy(  # type: ignore[misc]
 def _run(call: Call, backend: str | None) -> tuple[Tensor, Stats | None]:
     call, chosen = gate.judge(call, backend)
     if chosen is None:
-        return gate.composite(call)
+        loss, stats = gate.composite(call)
+        gate.tell(call, backend)
+        return loss, stats
     wants_grad = torch.is_grad_enabled() and (call.input.requires_grad or call.target.requires_grad)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _torch.is_dispatched():
         return ops.traced(call, backend, wants_grad)
     if not wants_grad:
         result = chosen.forward(call, "loss")
@@ -140,6 +144,12 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, Stats | None]:
 
 def _output(loss: Tensor, stats: Stats | None, call: Call) -> CrossEntropyOutput:
     assert stats is not None
+    if not torch.compiler.is_compiling():
+        return _torch.in_any_process(lambda: _reduced(loss, stats, call))
+    return _reduced(loss, stats, call)
+
+
+def _reduced(loss: Tensor, stats: Stats, call: Call) -> CrossEntropyOutput:
     input, target, _, options = call
     label = target.argmax(0 if input.dim() == 1 else 1) if target.shape == input.shape else target
     z_loss = stats.z_loss

@@ -6,45 +6,75 @@ torch's to judge, in its own words and with its own derivatives.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _torch, formula
+from . import _torch, operators
 from .backends import dispatch
 from .contract import Backend, Call, Stats
-from .options import FLOATS, REDUCTIONS
+from .options import FLOATS, REDUCTIONS, Options
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _HALVES = (torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.uint8)
+# Taken once: some assign fused_ce.cross_entropy to torch.nn.functional, and it must not call itself.
+_torch_cross_entropy = F.cross_entropy
 
 
 def judge(call: Call, name: str | None) -> tuple[Call, Backend | None]:
-    """The backend that takes the call (None: `composite`), and the call with the dtype of its loss settled.
+    """The call as a backend is to see it, and the backend (None: `composite`).
 
     Raises:
         ValueError, NotImplementedError: see `dispatch.choose`.
+        RuntimeError: a tensor's storage was freed.
     """
-    # An autograd Function under a transform inside a compiled graph loses its derivative in torch 2.13.
-    if _torch.transforms_active() or _torch.dual_level_active():
-        return call, None
-    compiling = torch.compiler.is_compiling()  # the modes on the stack are then the compiler's
-    if (not compiling and _torch.is_watched()) or not _is_ordinary(call):
-        return call, None
-    if not compiling and (call.input.is_neg() or call.target.is_neg()):
+    if name is not None:
+        dispatch.check_name(name)
+    if _unusual(call) or not _is_ordinary(call):
         return call, None
     call = _with_loss_dtype(call)
-    return call, dispatch.choose(call, name)
+    if call.weight is not None and not _takes_weight(call):
+        return call, None
+    backend = dispatch.choose(call, name)
+    if backend is not None and not torch.compiler.is_compiling():
+        call = _with_memory(call)
+    return call, backend
+
+
+def tell(call: Call, name: str | None) -> None:
+    """Warn where a call that asked for more than torch's cross entropy ran torch's operators, and say why."""
+    options = call.options
+    if torch.compiler.is_compiling() or (options.is_plain and not options.inplace and name is None):
+        return
+    why = _unusual(call)
+    if not why and _is_ordinary(call) and (call.weight is None or _takes_weight(call)):
+        why = dispatch.reasons(call)
+    # Of the line that called: Python tells each line once.
+    warnings.warn(
+        "fused_ce.cross_entropy ran torch's own operators, which is slower and takes more memory; inplace, grad_scale "
+        f"and backend have no effect on them. The kernels declined: {why or 'they do not take these tensors'}.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def composite(call: Call) -> tuple[Tensor, Stats | None]:
     """The same loss out of torch's own operators: every derivative, every transform, every error message."""
     input, target, weight, options = call
-    if options.dtype is not None:
-        input = input.to(options.dtype)
-        weight = weight if weight is None else weight.to(options.dtype)
-    plain = F.cross_entropy(
+    if options.is_plain:
+        if options.dtype is not None:
+            input = input.to(options.dtype)
+            weight = weight if weight is None else weight.to(options.dtype)
+        return _by_torch(input, target, weight, options), None
+    call = _judged_by_torch(call)
+    return operators.composite(call)
+
+
+def _by_torch(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    return _torch_cross_entropy(
         input,
         target,
         weight,
@@ -52,10 +82,30 @@ def composite(call: Call) -> tuple[Tensor, Stats | None]:
         reduction=options.reduction,
         label_smoothing=options.label_smoothing,
     )
-    if options.is_plain:
-        return plain, None
-    # torch has judged the arguments; its value is not what was asked for.
-    return formula.composite(Call(input, target, weight, options))
+
+
+def _judged_by_torch(call: Call) -> Call:
+    """A call that torch cannot express, once torch has accepted its arguments; with the dtype of its loss.
+
+    Raises:
+        ValueError, RuntimeError, TypeError, IndexError: in torch's words.
+    """
+    input, target, weight, options = call
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and input.dtype in FLOATS):
+        _by_torch(*call)
+    call = _with_loss_dtype(call)
+    dtype = call.options.dtype or input.dtype
+    kind = dtype if call.options.dtype or weight is None else weight.dtype
+    # Shapes by tensors that hold nothing, dtypes by small ones: not by a second pass over the logits.
+    shapes = input.shape, target.shape, () if weight is None else weight.shape
+    small = (1, 1), (1, 1) if target.is_floating_point() else (1,), (1,)
+    for device, sizes in ((torch.device("meta"), shapes), (input.device, small)):
+        x, t = (torch.zeros(sizes[i], dtype=of, device=device) for i, of in enumerate((dtype, target.dtype)))
+        w = None if weight is None else torch.zeros(sizes[2], dtype=kind, device=device)
+        _by_torch(x, t, w, options)
+    if target.is_cpu and not target.is_floating_point() and not (_unusual(call) or _torch.is_dispatched()):
+        operators.check_target(call)
+    return call
 
 
 def again(call: Call) -> tuple[Tensor, Stats | None]:
@@ -71,7 +121,7 @@ def check_inplace(call: Call) -> None:
     """Refuse `inplace=True` where it would harm someone.
 
     Raises:
-        RuntimeError: the logits are a leaf's, share memory with the target, or are not contiguous.
+        RuntimeError: the logits are a leaf's, share memory with another tensor of the call, or are not contiguous.
     """
     input = call.input
     if _torch.shares_a_leaf(input):
@@ -79,13 +129,37 @@ def check_inplace(call: Call) -> None:
             "inplace=True would overwrite a leaf tensor that requires grad, such as a parameter; "
             "expected logits computed by a model. Drop inplace."
         )
-    if call.target.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
-        raise RuntimeError("inplace=True would overwrite the target, which shares the logits' memory. Drop inplace.")
+    memory = input.untyped_storage().data_ptr()
+    for name, other in (("target", call.target), ("weight", call.weight)):
+        if memory and other is not None and other.untyped_storage().data_ptr() == memory:
+            raise RuntimeError(
+                f"inplace=True would overwrite the {name}, which shares the logits' memory. Drop inplace, or clone it."
+            )
     if not input.is_contiguous():
         raise RuntimeError(
             f"inplace=True needs contiguous logits, got shape {tuple(input.shape)} with strides {input.stride()}. "
             "Drop inplace, or make them contiguous first."
         )
+
+
+def _unusual(call: Call) -> str:
+    """What goes on around the call that only torch's own operators are right for; "" if nothing does."""
+    # An autograd Function under a transform inside a compiled graph loses its derivative in torch 2.13.
+    if _torch.transforms_active():
+        return "a torch.func transform is at work"
+    if _torch.dual_level_active():
+        return "forward-mode differentiation is at work"
+    if torch.compiler.is_compiling():  # the modes on the stack are then the compiler's
+        return ""
+    if _torch.is_watched():
+        return "a mode or torch.jit.trace watches torch's functions"
+    if (
+        isinstance(call.input, Tensor)
+        and isinstance(call.target, Tensor)
+        and (call.input.is_neg() or call.target.is_neg())
+    ):
+        return "the input or target has its negative bit set"
+    return ""
 
 
 def _with_loss_dtype(call: Call) -> Call:
@@ -118,7 +192,7 @@ def _is_ordinary(call: Call) -> bool:
         fits = kind in _INDICES and rank == 1 and len(labels) == 0
     if weight is not None:
         classes = shape[:1] if rank == 1 else shape[1:2]
-        fits = fits and _is_plain(weight) and weight.shape == classes and weight.dtype == input.dtype
+        fits = fits and _is_plain(weight) and weight.shape == classes and weight.dtype in FLOATS
         # torch takes uint8 targets with a weight, but not with smoothing too.
         fits = fits and not (weight.requires_grad or (kind is torch.uint8 and options.label_smoothing > 0))
     return (
@@ -128,6 +202,25 @@ def _is_ordinary(call: Call) -> bool:
         and type(options.label_smoothing) in (float, int)
         and not options.label_smoothing > 1
     )
+
+
+def _takes_weight(call: Call) -> bool:
+    """torch wants the input's dtype, but where it casts both: under autocast and for a dtype asked for."""
+    assert call.weight is not None
+    return call.weight.dtype is call.input.dtype or call.options.dtype is not None
+
+
+def _with_memory(call: Call) -> Call:
+    """Zeros that torch keeps without memory are made real.
+
+    Raises:
+        RuntimeError: a tensor's storage was freed.
+    """
+    input, target, weight, options = call
+    if input.data_ptr() and target.data_ptr() and (weight is None or weight.data_ptr()):
+        return call
+    weight = weight if weight is None else _torch.with_memory(weight)
+    return Call(_torch.with_memory(input), _torch.with_memory(target), weight, options)
 
 
 def _is_plain(tensor: Tensor) -> bool:

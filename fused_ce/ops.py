@@ -1,9 +1,9 @@
 """The kernels as `torch.library` operators: what a compiled or exported graph holds in their place.
 
-Only traced calls go through here, by the recompute schedule: the logits' memory is the compiler's to plan. Eager
-calls reach the backends directly, because an operator defined in Python costs several microseconds a call; and
-transforms (torch.func, forward AD) never come here, because an operator with a registered derivative drops their
-tangents without a word.
+Traced calls go through here, and those under a mode that watches operators (a FLOP counter, selective
+checkpointing), by the recompute schedule: the logits' memory is the compiler's to plan. Other calls reach the backends
+directly, because an operator defined in Python costs several microseconds a call; and transforms (torch.func, forward
+AD) never come here, because an operator with a registered derivative drops their tangents without a word.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import _torch, gate
+from .autograd import differentiable
 from .backends import dispatch
 from .contract import Backend, Call, Stats, Upstream
 from .options import Options
@@ -119,13 +121,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(saved, *others, *(() if wants_stats else (lse,)))
 
 
-def _derivative(ctx: Any, grad_output: Tensor, _: Tensor, g_lse: Tensor, *__: Tensor) -> tuple[Tensor | None, ...]:
+def _derivative(ctx: Any, grad_output: Tensor, __: Tensor, g_lse: Tensor, *___: Tensor) -> tuple[Tensor | None, ...]:
     input, target, weight, saved = ctx.saved_tensors
-    wants_target = ctx.needs_input_grad[1]
+    wants_target, nothing = ctx.needs_input_grad[1], [None] * (len(ctx.options) + 3)
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _torch.is_transformed(grad_output)):
+        # Under a mode, but not in a graph: differentiable again.
+        call, _ = _chosen(input, target, weight, ctx.options)
+        g_loss, of_lse = grad_output, g_lse if ctx.wants_stats else None
+        call = call._replace(options=call.options._replace(return_stats=ctx.wants_stats))
+        return *differentiable(call, gate.again, ctx.needs_input_grad, g_loss, of_lse), *nothing
     dx, dt = torch.ops.fused_ce.backward(
         grad_output, g_lse if ctx.wants_stats else None, input, target, weight, *ctx.options, saved, wants_target
     )
-    return dx, dt if wants_target else None, *([None] * (len(ctx.options) + 3))
+    return dx, dt if wants_target else None, *nothing
 
 
 for _name, _kernel, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -44,18 +45,26 @@ class Options(NamedTuple):
         return self.label_smoothing if self.label_smoothing > 0 else 0.0
 
 
-def check_keywords(options: Options) -> None:
+def check_keywords(options: Options, logits: torch.dtype = torch.float32) -> Options:
     """Refuse values of the keywords that torch does not have; torch judges its own.
+
+    Returns:
+        The options, with num_items and grad_scale as numbers or 0-d tensors.
 
     Raises:
         ValueError: a keyword is outside its range; the message says what was expected and what came.
-        TypeError: a number was expected and a tensor came.
+        TypeError: a keyword is of another type; likewise.
     """
+    if options.dtype is not None and not isinstance(options.dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None (that of the input), got {options.dtype!r}")
     for name in ("logit_scale", "softcap", "lse_square_scale"):
-        if isinstance(getattr(options, name), Tensor):
+        value = getattr(options, name)
+        if isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a number, got a tensor, which would get no gradient; apply it to the logits"
             )
+        if not _is_number(value) and not (value is None and name == "softcap"):
+            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}; pass a float")
     # Comparisons, not math.isfinite: torch.compile makes a number that changes symbolic.
     if not -math.inf < options.logit_scale < math.inf:
         raise ValueError(f"logit_scale must be a finite number, got {options.logit_scale}")
@@ -63,15 +72,45 @@ def check_keywords(options: Options) -> None:
         raise ValueError(f"softcap must be a positive finite number or None (no softcap), got {options.softcap}")
     if not -math.inf < options.lse_square_scale < math.inf:
         raise ValueError(f"lse_square_scale must be a finite number, got {options.lse_square_scale}")
+    if logits != torch.float64:
+        _check_float32(options)
     if options.num_items is not None and options.reduction != "mean":
         raise ValueError(
             f'num_items replaces the divisor of reduction="mean", got reduction="{options.reduction}"; '
             "drop num_items or use the mean"
         )
-    for name in ("num_items", "grad_scale"):
+    num_items, grad_scale = _scalar("num_items", options.num_items), _scalar("grad_scale", options.grad_scale)
+    return options._replace(num_items=num_items, grad_scale=grad_scale)
+
+
+def _check_float32(options: Options) -> None:
+    """Logits that are not float64 are computed in float32, which has to hold the numbers too."""
+    info = torch.finfo(torch.float32)
+    for name in ("logit_scale", "softcap", "lse_square_scale"):
         value = getattr(options, name)
-        if isinstance(value, Tensor):
-            if value.dim() != 0:
-                raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
-        elif value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive finite number, got {value}")
+        if value is not None and not -info.max <= value <= info.max:
+            raise ValueError(f"{name} must be at most {info.max:.4g}, the largest float32, got {value}; drop it")
+    if options.softcap is not None and options.softcap < info.tiny:
+        raise ValueError(
+            f"softcap must be at least {info.tiny:.4g}, the least normal float32, got {options.softcap}; drop it"
+        )
+
+
+def _scalar(name: str, value: float | Tensor | None) -> float | Tensor | None:
+    if isinstance(value, Tensor):
+        if value.dim() == 0:
+            return value
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
+        return value.reshape(())  # DataParallel hands out parts of shape (1,)
+    if value is not None and not _is_number(value):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}; pass a float")
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return True
+    return not torch.compiler.is_compiling() and isinstance(value, Real)  # NumPy's

@@ -12,7 +12,7 @@ from cases import Case
 from oracle import as_rows, composed, exact_grad, exact_loss, terms
 from torch import Tensor
 
-from fused_ce import formula
+from fused_ce import operators
 from fused_ce.backends import reference
 from fused_ce.contract import Call, Upstream
 
@@ -59,7 +59,7 @@ def expected_of(case: Case) -> tuple[Expected, Expected]:
 
 def ours(*call: object) -> Tensor:
     """The loss by `formula.py`, in the dtype of the input."""
-    return formula.composite(Call(*call))[0]
+    return operators.composite(Call(*call))[0]
 
 
 def _allowed(least: dict[torch.dtype, float], call: Call, result_of: Callable[..., Tensor], *exact: object) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot  # by name: tests patch the module
 
-from fused_ce import formula
+from fused_ce import formula, operators
 from fused_ce.backends import reference
 from fused_ce.contract import Call, Upstream
 from fused_ce.options import Options
@@ -20,7 +20,7 @@ def exact_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Op
     """The loss in float64. `formula.py` is held against torch and against decimals in test_reference.py."""
     target = double(target) if target.is_floating_point() else target.cpu()
     options = options._replace(dtype=torch.float64, return_stats=False)
-    return formula.composite(Call(double(input), target, double(weight), options))[0]
+    return operators.composite(Call(double(input), target, double(weight), options))[0]
 
 
 def exact_grad(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
@@ -55,7 +55,7 @@ def composed(input: Tensor, target: Tensor, weight: Tensor | None, options: Opti
     return loss if options.num_items is None else loss / options.num_items
 
 
-as_rows = formula.as_rows  # (N, C, d1..dk) or (C) -> (R, C)
+as_rows = operators.as_rows  # (N, C, d1..dk) or (C) -> (R, C)
 
 
 def terms(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
@@ -66,7 +66,7 @@ def terms(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | N
     """
     target = double(target) if target.is_floating_point() else target.cpu()
     call = Call(double(input), target, double(weight), options._replace(dtype=None))
-    rows = formula.rows_of(call)
+    rows = operators.rows_of(call)
     z, C = rows.z, rows.z.shape[1]
     onehot = one_hot(rows.y, C)
     p = z.softmax(1)
@@ -74,7 +74,7 @@ def terms(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | N
     a, others = q.sum(1, keepdim=True), (p * (1 - onehot)).sum(1, keepdim=True)
     z_part = 2 * abs(options.lse_square_scale) * (z.logsumexp(1).abs() + z.amax(1).abs())[:, None]
     size = torch.where(onehot.bool(), (a - q + z_part) * p + q * others, (a + z_part) * p + q)
-    D, _ = formula.divisors(call, rows)
+    D, _ = operators.divisors(call, rows)
     size = size * double(grad_output).abs().reshape(-1, 1) / D * formula.transform_grad(rows.x, options)
     size = torch.where(rows.counted[:, None], size, 0).abs()
     return size.view(input.shape) if input.dim() < 3 else size.view(input.movedim(1, -1).shape).movedim(-1, 1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from fused_ce import cross_entropy
+from fused_ce import cross_entropy, gate
 from fused_ce.backends import cpu
 from fused_ce.options import Options
 
@@ -94,7 +94,7 @@ def without_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("torch.nn.functional.cross_entropy was called")
 
-    monkeypatch.setattr(F, "cross_entropy", refuse)
+    monkeypatch.setattr(gate, "_torch_cross_entropy", refuse)
 
 
 @pytest.mark.usefixtures("without_torchs")

@@ -18,7 +18,7 @@ from judge import check, check_grad, expected_grad, expected_of
 from oracle import double
 
 import fused_ce
-from fused_ce import formula
+from fused_ce import operators
 from fused_ce.backends import reference
 from fused_ce.backends.triton import launch
 from fused_ce.backends.triton import plan as planning
@@ -358,7 +358,7 @@ def test_extras_and_their_gradients(backend: Backend, pixels: tuple[int, ...], p
     call = Call(input, target, weight, options._replace(return_stats=True))
     exact_call = Call(double(input), double(target) if probs else target.cpu(), double(weight), call.options)
     loss, _, saved, stats = launch.forward(call, "recompute")
-    exact = formula.composite(exact_call)[1]
+    exact = operators.composite(exact_call)[1]
     for got, wanted in zip(stats, exact, strict=True):
         assert got.dtype == (torch.int64 if wanted.dtype == torch.int64 else torch.float32)
         torch.testing.assert_close(got.cpu().to(wanted.dtype), wanted, rtol=2e-6, atol=0)

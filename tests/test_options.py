@@ -24,7 +24,7 @@ REFUSED = [
     ({"num_items": torch.ones(2)}, "num_items must be a number or a 0-d tensor, got a tensor of shape (2,)"),
     ({"grad_scale": -1.0}, "grad_scale must be a positive finite number, got -1.0"),
     ({"grad_scale": torch.inf}, "grad_scale must be a positive finite number, got inf"),
-    ({"grad_scale": torch.ones(1)}, "grad_scale must be a number or a 0-d tensor, got a tensor of shape (1,)"),
+    ({"grad_scale": torch.ones(1, 2)}, "grad_scale must be a number or a 0-d tensor, got a tensor of shape (1, 2)"),
     ({"num_items": 3, "reduction": "sum"}, 'num_items replaces the divisor of reduction="mean", got reduction="sum"'),
     ({"num_items": 3, "reduction": "none"}, 'num_items replaces the divisor of reduction="mean", got reduction="none"'),
 ]

@@ -11,7 +11,7 @@ from cases import CASES, EVERYTHING, OPTIONS, Case, confident, ignore, ramp
 from oracle import composed, exact_grad, exact_loss, terms
 from torch import Tensor
 
-from fused_ce import formula
+from fused_ce import operators
 from fused_ce.backends import reference
 from fused_ce.contract import Call, Upstream
 from fused_ce.options import Options
@@ -59,7 +59,7 @@ def test_row_grad_equals_autograd(options: str, shape: tuple[int, ...], probabil
         target = torch.randint(5, shape[:-1] if len(shape) == 1 else (shape[0], *shape[2:]), generator=seed)
     for reduction in ("mean", "sum", "none") if options.num_items is None else ("mean",):
         call = Call(input, target, ramp(5).double(), options._replace(reduction=reduction))
-        loss, _ = formula.composite(call)
+        loss, _ = operators.composite(call)
         upstream = torch.randn(loss.shape, generator=seed, dtype=torch.float64)
         (by_autograd,) = torch.autograd.grad(loss, input, upstream)
         by_formula = reference.backward(call, None, None, Upstream(upstream), True, False).input
@@ -74,7 +74,7 @@ def test_derivatives(options: str) -> None:
     target = ignore(1)(torch.tensor([4, 0, 2]))
 
     def loss(input: Tensor) -> Tensor:
-        return formula.composite(Call(input, target, ramp(5).double(), options))[0]
+        return operators.composite(Call(input, target, ramp(5).double(), options))[0]
 
     assert torch.autograd.gradcheck(loss, input, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(loss, input)

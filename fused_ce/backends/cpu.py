@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # After torch, so that the kernels join torch's own OpenMP pool, which torch.set_num_threads governs.
+from .. import operators
+from .._torch import in_any_process
 from ..contract import Call, Forward, Gradients, Schedule, Stats, Upstream
 from ..options import Options
 
@@ -27,9 +28,7 @@ if _C is not None and (_forced := os.environ.get("FUSED_CE_ISA")):
 _LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}
 _MAX_DIMS = 8
-_PID = os.getpid()
 _CONTIGUOUS = torch.contiguous_format
-T = TypeVar("T")
 
 
 def unsupported(call: Call) -> list[str]:
@@ -65,29 +64,36 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 def forward(call: Call, schedule: Schedule) -> Forward:
     """See `contract.Backend`; a fused gradient needs saved rows only for that of lse."""
+    return _forward(call, schedule, call.input if call.options.inplace else None)
+
+
+def _forward(call: Call, schedule: Schedule, into: Tensor | None) -> Forward:
+    """`into`: the memory that a fused gradient is written to."""
     input, _, weight, options = call
     fused = schedule == "fused"
     saves = schedule == "recompute" or (fused and options.return_stats)
     dtype, shape = options.dtype or input.dtype, call.row_shape if options.reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype)
-    grad = (input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)) if fused else None
-    saved = torch.empty(saved_shape(call), dtype=torch.float64) if saves else None
+    loss = torch.empty(shape, dtype=dtype, device="cpu")
+    if fused and into is None:
+        into = torch.empty_like(input, memory_format=_CONTIGUOUS)
+    grad = into if fused else None
+    saved = torch.empty(saved_shape(call), dtype=torch.float64, device="cpu") if saves else None
     table = None
     if options.return_stats:
-        table = torch.empty((math.prod(call.row_shape), _C.stats_size), dtype=torch.float64)
+        table = torch.empty((math.prod(call.row_shape), _C.stats_size), dtype=torch.float64, device="cpu")
     weight = _in_acc(weight, call)
     _C.forward(
         _given(call, weight),
         options,
         _num_items(options),
-        1.0 if options.grad_scale is None else _expected(options, dtype),
+        _expected(options, dtype),
         (loss.data_ptr(), _DTYPES[dtype]),
         None if grad is None else _view(grad),
         _pointer(saved),
         _pointer(table),
         torch.get_num_threads(),
     )
-    return Forward(loss, grad, saved, None if table is None else _by_torch(lambda: _stats(table, call)))
+    return Forward(loss, grad, saved, None if table is None else in_any_process(lambda: _stats(table, call)))
 
 
 def backward(
@@ -98,12 +104,9 @@ def backward(
     one_for_all = upstream.loss.dim() == 0
     scale = upstream.loss.item() if one_for_all else 1.0
     if grad is not None:
-        ratio = _ratio(scale, options, upstream.loss.dtype)
-        if _rescales_exactly(grad, ratio):
-            return Gradients(_multiplied(grad, ratio, keep))
         # Once more, for what has come: the first was right only for what was expected.
         options = options._replace(grad_scale=scale, return_stats=False)
-        again = forward(call._replace(options=options), "fused").grad
+        again = _forward(call._replace(options=options), "fused", None if keep else grad).grad
         assert again is not None
         return Gradients(again)
     dx = input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)
@@ -124,49 +127,36 @@ def backward(
     return Gradients(dx, dt)
 
 
-def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
-    """See `contract.Backend`."""
-    return _multiplied(grad, _ratio(upstream.item(), options, upstream.dtype), keep)
-
-
-def _ratio(given: float, options: Options, dtype: torch.dtype) -> float | None:
-    """The upstream gradient in units of the expected one; None where its dtype could not hold that (0, inf)."""
-    expected = 1.0 if options.grad_scale is None else _expected(options, dtype)
+def rescale(
+    grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool
+) -> Tensor | None:
+    """See `contract.Backend`; `exactly`: 16 bits would be rounded twice, and what is too small for 32 or 64 already."""
+    given, expected = upstream.item(), _expected(options, upstream.dtype)
     if given == expected:
-        return 1.0
-    return given / expected if expected != 0 and math.isfinite(expected) else None
+        return in_any_process(grad.clone) if keep else grad
+    ratio = given / expected if expected != 0 and math.isfinite(expected) else math.nan
+    if exactly and (grad.itemsize == 2 or not torch.finfo(grad.dtype).tiny <= abs(ratio) <= 8):
+        return None
+    return in_any_process(lambda: _multiplied(grad, ratio, target, options, keep))
 
 
-def _rescales_exactly(grad: Tensor, ratio: float | None) -> bool:
-    """Whether multiplying loses nothing: no rounding, or one of float32 and float64."""
-    if ratio is None or ratio == 1.0:
-        return ratio == 1.0
-    # A power of two costs no rounding in bfloat16, whose exponents are those of float32.
-    return grad.itemsize > 2 or (grad.dtype == torch.bfloat16 and math.frexp(ratio)[0] in (0.5, -0.5))
-
-
-def _multiplied(grad: Tensor, ratio: float | None, keep: bool) -> Tensor:
-    if ratio == 1.0 and not keep:
-        return grad
-    factor = math.nan if ratio is None else ratio
-    return _by_torch(lambda: grad * factor if keep else grad.mul_(factor))
+def _multiplied(grad: Tensor, ratio: float, target: Tensor, options: Options, keep: bool) -> Tensor:
+    range = torch.finfo(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+    # Three factors where the dtype cannot hold the ratio.
+    mantissa, exponent = math.frexp(ratio)
+    fits = range.tiny <= abs(ratio) <= range.max or not math.isfinite(ratio)
+    factors = [ratio] if fits else [mantissa, 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)]
+    for factor in factors:
+        grad = grad * factor if keep else grad.mul_(factor)
+        keep = False
+    return grad if math.isfinite(ratio) else grad.masked_fill_(operators.ignored(grad, target, options), 0)
 
 
 def _expected(options: Options, dtype: torch.dtype) -> float:
     """The upstream gradient to expect, rounded as it will arrive: in the loss's dtype."""
-    return torch.as_tensor(options.grad_scale, dtype=torch.float64).to(dtype).item()
-
-
-def _by_torch(work: Callable[[], T]) -> T:
-    """In a forked child torch's own operators would wait for threads that are not there."""
-    threads = torch.get_num_threads()
-    if os.getpid() == _PID or threads == 1:
-        return work()
-    torch.set_num_threads(1)
-    try:
-        return work()
-    finally:
-        torch.set_num_threads(threads)
+    if options.grad_scale is None:
+        return 1.0
+    return torch.as_tensor(options.grad_scale, dtype=torch.float64, device="cpu").to(dtype).item()
 
 
 def _stats(table: Tensor, call: Call) -> Stats:  # (rows, 4) float64
@@ -196,4 +186,4 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 def _in_acc(tensor: Tensor | None, call: Call) -> Tensor | None:
     if tensor is None:
         return None
-    return _by_torch(lambda: tensor.detach().to(call.acc).contiguous().resolve_neg())
+    return in_any_process(lambda: tensor.detach().to(call.acc).contiguous().resolve_neg())

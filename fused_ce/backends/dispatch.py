@@ -13,6 +13,16 @@ BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": launch, "reference": refer
 FORCED = os.environ.get("FUSED_CE_BACKEND")  # read once: a look into the environment costs as much as the choice
 
 
+def check_name(name: str | None) -> None:
+    """Refuse a name that no backend has.
+
+    Raises:
+        ValueError: the message lists those there are.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (choose for me), got {name!r}")
+
+
 def choose(call: Call, name: str | None) -> Backend | None:
     """The backend for this call, or None where only a torch composite will do.
 
@@ -30,16 +40,21 @@ def choose(call: Call, name: str | None) -> Backend | None:
             if not backend.unsupported(call):
                 return backend
         return None
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (choose for me), got {name!r}")
-    reasons = BACKENDS[name].unsupported(call)
-    if reasons:
+    check_name(name)
+    against = BACKENDS[name].unsupported(call)
+    if against:
         input, target = call.input, call.target
         raise NotImplementedError(
             f"backend {name!r} cannot take input {tuple(input.shape)} {input.dtype} on {input.device} with target "
-            f"{tuple(target.shape)} {target.dtype}: {'; '.join(reasons)}. Drop backend= to let fused_ce choose."
+            f"{tuple(target.shape)} {target.dtype}: {'; '.join(against)}. Drop backend= to let fused_ce choose."
         )
     return BACKENDS[name]
+
+
+def reasons(call: Call) -> str:
+    """Why none of the backends that are chosen from takes the call."""
+    chosen_from = list(BACKENDS)[: list(BACKENDS).index("reference")]
+    return "; ".join(f"{name}: {', '.join(BACKENDS[name].unsupported(call))}" for name in chosen_from)
 
 
 def name_of(backend: Backend | None) -> str:

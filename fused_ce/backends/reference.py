@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import formula
+from .. import operators
 from ..contract import Call, Forward, Gradients, Schedule, Upstream
 from ..options import FLOATS, Options
 
@@ -27,9 +27,9 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 def forward(call: Call, schedule: Schedule) -> Forward:
     if call.target.shape != call.input.shape:
-        check_target(call)
+        operators.check_target(call)
     with torch.no_grad():
-        loss, stats = formula.composite(call)
+        loss, stats = operators.composite(call)
         saved = None if schedule == "loss" else call.input.new_empty(saved_shape(call), dtype=torch.float64)
         if schedule != "fused":
             return Forward(loss, None, saved, stats)
@@ -47,32 +47,13 @@ def backward(
     keep: bool,
     wants_target: bool,
 ) -> Gradients:
-    rows = formula.rows_of(call)
-    z, counted = rows.z, rows.counted
-    D, count = formula.divisors(call, rows)
-    of_loss = upstream.loss.reshape(-1).to(z.dtype).expand(len(z))
-    of_lse = 0.0 if upstream.lse is None else upstream.lse.reshape(-1).to(z.dtype)
-    scale, options = of_loss / D, call.options
-    dx = formula.row_grad(rows.x, z, rows.y, rows.q, rows.sums, options, scale, of_loss / count, of_lse)
-    dx = _like(torch.where(counted[:, None], dx, 0), call.input)
-    if not wants_target:
-        return Gradients(dx)
-    return Gradients(dx, _like(formula.target_grad(z, rows.sums, rows.weight, options, scale), call.target))
+    return Gradients(*operators.gradients(call, upstream.loss, upstream.lse, wants_target))
 
 
-def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
-    return (grad * (upstream / (options.grad_scale or 1.0))).to(grad.dtype)
-
-
-def check_target(call: Call) -> None:
-    """Raise torch's own IndexError for a class index outside [0, C) that is not ignored."""
-    target = call.target.long()
-    bad = ((target < 0) | (target >= call.classes)) & (target != call.options.ignore_index)
-    if bad.any():
-        raise IndexError(f"Target {int(target[bad].flatten()[0])} is out of bounds.")
-
-
-def _like(rows: Tensor, tensor: Tensor) -> Tensor:  # (R, C) -> the tensor's shape and dtype, contiguous
-    if tensor.dim() > 1:
-        rows = rows.reshape(tensor.shape[:1] + tensor.shape[2:] + tensor.shape[1:2]).movedim(-1, 1)
-    return rows.reshape(tensor.shape).to(tensor.dtype).contiguous()
+def rescale(
+    grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool
+) -> Tensor | None:
+    if exactly:
+        return None
+    dx = grad.double() * (upstream.double() / (options.grad_scale or 1.0))
+    return torch.where(operators.ignored(grad, target, options), 0, dx).to(grad.dtype)

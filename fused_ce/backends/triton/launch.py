@@ -119,8 +119,6 @@ def backward(
 ) -> Gradients:
     """The gradients: recomputed, or the fused one made right if the upstream gradient is not grad_scale."""
     input, target, _, options = call
-    if grad is not None and grad.itemsize > 2 and upstream.lse is None:
-        return Gradients(rescale(grad, options, upstream.loss, keep))
     assert saved is not None
     spare = None if keep else grad
     dx = spare if spare is not None else input if options.inplace else input.new_empty(input.shape)
@@ -153,8 +151,12 @@ def backward(
     return Gradients(dx, dt)
 
 
-def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
-    """See `contract.Backend`."""
+def rescale(
+    grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool
+) -> Tensor | None:
+    """See `contract.Backend`; 16 bits need the logits, because nobody waits to see whether the upstream differs."""
+    if exactly and grad.itemsize == 2:
+        return None
     out = torch.empty_like(grad) if keep else grad
     n, expected = grad.numel(), _number(options.grad_scale, upstream.dtype, grad.device)
     if n:

@@ -48,5 +48,6 @@ def rescale_grad(grad, upstream, expected, out, n, IN_PLACE: tl.constexpr, BLOCK
     ACC: tl.constexpr = accumulator(grad.dtype)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
-        dx = tl.load(grad + at, mask=at < n, other=0.0).to(ACC) * g.to(ACC)
+        dx = tl.load(grad + at, mask=at < n, other=0.0).to(ACC)
+        dx = tl.where(dx == 0.0, dx, dx * g.to(ACC))  # ignored rows stay 0 for an upstream gradient of inf or NaN
         tl.store(out + at, dx.to(out.dtype.element_ty), mask=at < n)
