@@ -12,7 +12,9 @@ template <class F> struct RowGroup {
   V* const z;              // (C) transformed logits; once kept, exp(z - m)
   V* const dz_dx;          // (C) under a softcap
   V* const q;              // (C) spread part of q, if DENSE
-  RowSums<V> sums = {};
+  V* const low;            // (C) what z was rounded by, if it is not the logits
+  Pair<V> m = {};
+  RowSums<V> sums = {};         // their m and z_y are counted from m
   I y = {}, counted = I{} - 1;  // counted: all bits set in rows that are not ignored
 
   INLINE RowGroup(const Call& call, int64_t first, int n, void* scratch)
@@ -23,19 +25,28 @@ template <class F> struct RowGroup {
         n(n),
         z(static_cast<V*>(scratch)),
         dz_dx(z + C),
-        q(dz_dx + C) {
+        q(dz_dx + C),
+        low(q + C) {
     if (!call.probs) load_y();
     const bool capped = F::CHANGED && o.softcap > 0 && call.grad.data;
-    V most = splat(-A(__builtin_inff()));
+    m.high = splat(-A(__builtin_inff()));
     StridedRows<F>(call, call.input, first, n)
         .read(reinterpret_cast<T*>(q), [&](int64_t c, V x_c) LAMBDA {  // q comes later
-          z[c] = transform<F>(x_c, o);
-          most = max(z[c], most);
+          const Pair<V> z_c = transform<F>(x_c, o);
+          z[c] = z_c.high;
+          if constexpr (F::CHANGED) {
+            low[c] = z_c.low;
+            const auto larger = (z_c.high > m.high) | ((z_c.high == m.high) & (z_c.low > m.low));
+            m.low = larger ? z_c.low : m.low;
+          }
+          m.high = max(z_c.high, m.high);
           if (capped) dz_dx[c] = transform_grad<F>(x_c, o);
         });
-    sums.m = most;
     if constexpr (F::DENSE) load_q();
   }
+
+  INLINE V above_m(int64_t c) const { return F::CHANGED ? low[c] - m.low : V{}; }  // of what z and m were rounded by
+  INLINE V drop(int64_t c) const { return m.high - z[c] - above_m(c); }
 
   INLINE void load_y() {
     Index labels[F::lanes] = {}, counts[F::lanes] = {};
@@ -87,21 +98,20 @@ template <class F> struct RowGroup {
 
   template <bool KEEP> INLINE void sum() {
     const bool wants_stats = call.stats;
-    const V m = sums.m;
     V so = {}, q_others = {}, q_drop = {}, e_drop = {}, lost[4] = {}, z_y = {}, q_y = {};
     for (int64_t begin = 0; begin < C; begin += 2 * RUN) {
       const int64_t end = begin + 2 * RUN < C ? begin + 2 * RUN : C;
       LaneSums<F> part;
       const auto take = [&](int64_t c, int turn) LAMBDA {
         const auto is_y = y == Index(c);
-        const V z_c = z[c], e_c = exp_minus<A>(z_c, m);
-        z_y = is_y ? z_c : z_y;
+        const V e_c = exp_minus<A>(z[c], above_m(c), m.high), drop_c = drop(c);
+        z_y = is_y ? -drop_c : z_y;
         V q_c = {};
         if constexpr (F::DENSE) {
           q_y = is_y ? q[c] : q_y;
           q_c = is_y ? V{} : q[c];
         }
-        row_lse<F>(part, is_y ? V{} : e_c, q_c, [&]() LAMBDA { return is_y ? V{} : m - z_c; }, turn, wants_stats);
+        row_lse<F>(part, is_y ? V{} : e_c, q_c, [&]() LAMBDA { return is_y ? V{} : drop_c; }, turn, wants_stats);
         if constexpr (KEEP) z[c] = e_c;
       };
       int64_t c = begin;
@@ -111,18 +121,19 @@ template <class F> struct RowGroup {
       if constexpr (F::DENSE) add(q_others, lost[1], part.q_others), add(q_drop, lost[2], part.q_drop);
       if (wants_stats) add(e_drop, lost[3], part.e_drop);
     }
-    sums = {m, so + lost[0], z_y, q_y, q_others, q_drop, e_drop, splat(A(-1))};
+    sums = {V{}, so + lost[0], z_y, q_y, q_others, q_drop, e_drop, splat(A(-1))};
   }
 
   INLINE void read_saved() {
     for (int i = 0; i < n; i++) {
       const Saved& saved = call.saved[first + i];
-      sums.m[i] = A(saved.m), sums.so[i] = A(saved.so), sums.q_others[i] = A(saved.q_others);
+      m.high[i] = A(saved.m), m.low[i] = A(saved.m - double(m.high[i]));
+      sums.so[i] = A(saved.so), sums.q_others[i] = A(saved.q_others);
       if (call.probs) y[i] = Index(saved.y);
     }
     for (int64_t c = 0; c < C; c++) {
       const auto is_y = y == Index(c);
-      sums.z_y = is_y ? z[c] : sums.z_y;
+      sums.z_y = is_y ? -drop(c) : sums.z_y;
       if constexpr (F::DENSE) sums.q_y = is_y ? q[c] : sums.q_y;
     }
   }
@@ -140,17 +151,17 @@ template <class F> struct RowGroup {
     store_first(static_cast<A*>(call.loss) + first, loss, n);
     if (call.saved)
       for (int i = 0; i < n; i++)
-        call.saved[first + i] =
-            Saved{double(sums.m[i]), double(sums.so[i]), double(sums.q_others[i]), counted[i] ? double(y[i]) : -1.0};
+        call.saved[first + i] = Saved{double(m.high[i]) + double(m.low[i]), double(sums.so[i]),
+                                      double(sums.q_others[i]), counted[i] ? double(y[i]) : -1.0};
   }
 
   template <bool KEPT> INLINE void write_grad(const GradFactors<V, A>& factors) {
     const bool capped = F::CHANGED && o.softcap > 0;
-    const V k = capped ? splat(A(1)) : splat(A(o.logit_scale)), m = sums.m;
+    const V k = capped ? splat(A(1)) : splat(A(o.logit_scale));
     const V p_scale = k * factors.p_scale, scale = k * factors.scale, dz_y = k * factors.dz_y;
     StridedRows<F>(call, call.grad, first, n)
         .write(reinterpret_cast<T*>(q), [&](int64_t c) LAMBDA {  // never ahead of q
-          V e_c = KEPT ? z[c] : exp_minus<A>(z[c], m), q_c = {};
+          V e_c = KEPT ? z[c] : exp_minus<A>(z[c], above_m(c), m.high), q_c = {};
           if constexpr (F::DENSE) q_c = q[c];
           V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
           dx_c = y == Index(c) ? dz_y : dx_c;
@@ -168,7 +179,7 @@ template <class F> struct RowGroup {
       for (int64_t begin = 0; begin < C; begin += BLOCK) {
         const int64_t end = begin + BLOCK < C ? begin + BLOCK : C;
         for (int64_t c = begin; c < end; c++)
-          dt[c - begin] = target_grad(z[c][i], sums.m[i], row.lse_m[i], share[i] * (w ? w[c] : A(1)));
+          dt[c - begin] = target_grad(drop(c)[i], row.lse_m[i], share[i] * (w ? w[c] : A(1)));
         write_elements(call.d_target.data, call.d_target.dtype, offset + begin * call.d_target.class_stride,
                        call.d_target.class_stride, dt, end - begin);
       }
@@ -178,8 +189,8 @@ template <class F> struct RowGroup {
   void write_stats(const RowTerms<V, A>& row, I argmax) {
     const V entropy = row_entropy(row);
     for (int i = 0; i < n; i++)
-      call.stats[first + i] = counted[i] ? row_stats(double(sums.m[i]), double(row.lse_m[i]), double(entropy[i]),
-                                                     o.lse_square_scale, argmax[i])
+      call.stats[first + i] = counted[i] ? row_stats(double(m.high[i]) + (double(m.low[i]) + double(row.lse_m[i])),
+                                                     double(entropy[i]), o.lse_square_scale, argmax[i])
                                          : Stats{0, 0, 0, -1};
   }
 };
@@ -196,7 +207,7 @@ template <class F, bool KEEP> void across_rows(const Call& call, int64_t begin, 
     if (call.loss) group.template sum<KEEP>();
     else group.read_saved();
     group.add_own_q();
-    const RowTerms<V, A> row(group.sums);
+    const RowTerms<V, A> row(group.sums, group.m.high + group.m.low);
     if (call.loss) group.write_rows(row);
     if (call.stats) group.write_stats(row, argmax);
     if (!call.grad.data && !call.d_target.data) continue;

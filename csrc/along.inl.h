@@ -8,45 +8,50 @@ constexpr int64_t BLOCK = 2048;  // classes
 // rounded the same way every time.
 constexpr int64_t RUN = 8;
 
-// Calls f(x, z, class, lanes in use, turn) for the vectors of a block. z past the end holds `fill`, put there after the
-// transform: a softcap would turn a padding of -inf into -s. turn alternates, so that callers keep two independent
-// sums.
+// Calls f(x, class, lanes in use, turn) for the vectors of a block; x past the end holds 0. turn alternates, so that
+// callers keep two independent sums.
 template <class F, class Function>
-INLINE void for_each_vector(const typename F::T* x, int64_t begin, int64_t end, const Options& o, typename F::A fill,
-                            Function f) {
+INLINE void for_each_vector(const typename F::T* x, int64_t begin, int64_t end, Function f) {
   TYPES(F);
-  const auto whole = [&](int64_t c, int turn) LAMBDA {
-    const V x_c = load(x + c);
-    f(x_c, transform<F>(x_c, o), c, F::lanes, turn);
-  };
+  const auto whole = [&](int64_t c, int turn) LAMBDA { f(load(x + c), c, F::lanes, turn); };
   int64_t c = begin;
   for (; c + 2 * F::lanes <= end; c += 2 * F::lanes) whole(c, 0), whole(c + F::lanes, 1);
   if (c + F::lanes <= end) whole(c, 0), c += F::lanes;
-  if (c < end) {
-    const V x_c = load_first(x + c, end - c);
-    f(x_c, keep_first<A>(transform<F>(x_c, o), end - c, fill), c, int(end - c), 1);
+  if (c < end) f(load_first(x + c, end - c), c, int(end - c), 1);
+}
+
+// The largest of a block, in the order of z; where one is NaN, `nan` is.
+template <class F>
+INLINE typename F::A block_largest(const typename F::T* x, int64_t begin, int64_t end, const Options& o, bool* nan) {
+  TYPES(F);
+  const A lowest = -A(__builtin_inff());
+  V most[2] = {splat(lowest), splat(lowest)}, nans = {};  // nans: 0, or a NaN
+  for_each_vector<F>(x, begin, end, [&](V x_c, int64_t, int n, int turn) LAMBDA {
+    V key = order<F>(x_c, o);
+    if (n < F::lanes) key = keep_first<A>(key, n, lowest);
+    most[turn] = max(key, most[turn]);
+    if (nan) nans = key == key ? nans : key;
+  });
+  if (nan) {
+    const double sum = lane_sum(nans, V{});
+    *nan = sum != sum;
   }
+  return lane_max<A>(max(most[0], most[1]));
 }
 
 // The largest logit, which is left out of the sum when no target is named; a NaN counts as largest, as in torch.
 template <class F> int64_t largest(const typename F::T* x, int64_t C, const Options& options) {
   TYPES(F);
   const Options o = options;
-  const V minus_inf = splat(-A(__builtin_inff()));
-  A best = minus_inf[0];
+  A best = -A(__builtin_inff());
+  bool nan = false;
   int64_t from = 0, y = -1;
-  for (int64_t begin = 0; begin < C && best == best; begin += BLOCK) {
-    V most[2] = {minus_inf, minus_inf}, nan = {};  // nan: 0, or a NaN
-    for_each_vector<F>(x, begin, begin + BLOCK < C ? begin + BLOCK : C, o, minus_inf[0],
-                       [&](V, V z, int64_t, int, int turn) LAMBDA {
-                         most[turn] = max(z, most[turn]);
-                         nan = z == z ? nan : z;
-                       });
-    const A m = lane_max<A>(max(most[0], most[1])), sum = A(lane_sum(nan, V{}));
-    if (m > best || sum != sum) best = sum != sum ? sum : m, from = begin;
+  for (int64_t begin = 0; begin < C && !nan; begin += BLOCK) {
+    const A m = block_largest<F>(x, begin, begin + BLOCK < C ? begin + BLOCK : C, o, &nan);
+    if (m > best || nan) best = m, from = begin;
   }
-  for_each_vector<F>(x, from, from + BLOCK < C ? from + BLOCK : C, o, A(0), [&](V, V z, int64_t c, int n, int) LAMBDA {
-    const V hit = (best == best ? z == best : z != z) ? splat(A(1)) : V{};
+  for_each_vector<F>(x, from, from + BLOCK < C ? from + BLOCK : C, [&](V x_c, int64_t c, int n, int) LAMBDA {
+    const V key = order<F>(x_c, o), hit = (nan ? key != key : key == best) ? splat(A(1)) : V{};
     if (y >= 0 || lane_max<A>(hit) == 0) return;
     for (int i = n - 1; i >= 0; i--) y = hit[i] != 0 ? c + i : y;
   });
@@ -78,30 +83,29 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
   const bool wants_stats = call.stats;
   const T* const x = row.x;
   const int64_t y = row.y;
-  V most[2] = {splat(-inf), splat(-inf)};
-  for_each_vector<F>(x, begin, end, o, -inf,
-                     [&](V, V z, int64_t, int, int turn) LAMBDA { most[turn] = max(z, most[turn]); });
-  const A m = lane_max<A>(max(most[0], most[1])), top = finite(m);
-  const Shifted<A> shifted(top);
+  const double m = transform_ordered<F>(block_largest<F>(x, begin, end, o, nullptr), o), top = finite(m);
+  const Shifted<A> shifted{A(top)};
+  const A high = A(top), low = A(top - double(high));
   V total[4] = {}, lost[4] = {};  // of so, q_others, q_drop, e_drop
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
   for (int64_t run = begin; run < end; run += 2 * RUN * F::lanes) {
     LaneSums<F> sums;
     const int64_t run_end = run + 2 * RUN * F::lanes < end ? run + 2 * RUN * F::lanes : end;
-    for_each_vector<F>(x, run, run_end, o, -inf, [&](V, V z, int64_t c, int n, int turn) LAMBDA {
+    for_each_vector<F>(x, run, run_end, [&](V x_c, int64_t c, int n, int turn) LAMBDA {
       __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
-      const V z_c = z;
-      V q_c = {};
+      const Pair<V> z_c = transform<F>(x_c, o);
+      // Only now: a softcap would turn a padding of -inf into -s.
+      V z = n < F::lanes ? keep_first<A>(z_c.high, n, -inf) : z_c.high, q_c = {};
       if constexpr (F::DENSE) q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
       const bool holds_y = c <= y && y < c + n;
       if (holds_y) {
         q_c = lane_is<I>(y - c) ? V{} : q_c;
         z = lane_is<I>(y - c) ? splat(-inf) : z;
       }
-      const V e_c = shifted.exp(z);
+      const V e_c = shifted.exp(z, z_c.low);
       const auto drop = [&]() LAMBDA {
-        const V below = keep_first<A>(top - z_c, n, A(0));
+        const V below = keep_first<A>(high - z_c.high + (low - z_c.low), n, A(0));
         return holds_y ? (lane_is<I>(y - c) ? V{} : below) : below;
       };
       row_lse<F>(sums, e_c, q_c, drop, turn, wants_stats);
@@ -115,7 +119,7 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
     if (wants_stats) add(total[3], lost[3], sums.e_drop);
   }
   const bool holds_y = begin <= y && y < end;
-  const double shift = m == -inf ? double(m) : shifted.shift, factor = exp_of(shift - double(top));
+  const double shift = m == -infinity_of(m) ? m : shifted.shift, factor = exp_of(shift - top);
   return {{m, lane_sum(total[0], lost[0]) * factor, holds_y ? row.z_y : -infinity_of(0.0), holds_y ? row.q_y : 0,
            lane_sum(total[1], lost[1]), lane_sum(total[2], lost[2]), lane_sum(total[3], lost[3]) * factor, -1},
           shift};
@@ -136,11 +140,14 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
   const A scale = A(k * factors.scale);
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
-  for_each_vector<F>(x, begin, end, o, A(0), [&](V x_c, V z, int64_t c, int n, int) LAMBDA {
+  for_each_vector<F>(x, begin, end, [&](V x_c, int64_t c, int n, int) LAMBDA {
     const bool whole = n == F::lanes;
     V e_c, q_c = {};
     if constexpr (KEPT) e_c = whole ? load(kept + c) : load_first(kept + c, n);
-    else e_c = shifted.exp(z);
+    else {
+      const Pair<V> z_c = transform<F>(x_c, o);
+      e_c = shifted.exp(z_c.high, z_c.low);
+    }
     if constexpr (F::DENSE) q_c = whole ? load(q + c - begin) : load_first(q + c - begin, n);
     const V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, capped, [&]() LAMBDA { return transform_grad<F>(x_c, o); });
     if (whole) store(dx + c, dx_c);
@@ -155,10 +162,12 @@ void block_target_grad(const AlongRow<F>& row, const RowTerms<double, double>& t
                        int64_t begin, int64_t end) {
   TYPES(F);
   const A* w = static_cast<const A*>(call.weight);
-  const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(terms.lse_m), m = A(terms.sums.m);
+  const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(terms.lse_m), high = A(terms.sums.m),
+          low = A(terms.sums.m - double(high));
   A dt[BLOCK];
-  for_each_vector<F>(row.x, begin, end, call.options, A(0), [&](V, V z, int64_t c, int n, int) LAMBDA {
-    V result = target_grad(z, m, lse_m, share);
+  for_each_vector<F>(row.x, begin, end, [&](V x_c, int64_t c, int n, int) LAMBDA {
+    const Pair<V> z_c = transform<F>(x_c, call.options);
+    V result = target_grad(high - z_c.high + (low - z_c.low), lse_m, share);
     if (w) result *= n == F::lanes ? load(w + c) : load_first(w + c, n);
     store_first(dt + c - begin, result, n);
   });
@@ -204,7 +213,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     const int64_t top = call.loss && (call.probs || (call.stats && first)) ? largest<F>(row.x, C, call.options) : 0;
     if (call.probs) row.y = call.loss ? top : int64_t(call.saved[i].y);
     row.x_y = load_first(row.x + row.y, 1);  // before anyone writes dx, which may be x
-    row.z_y = transform<F>(row.x_y, call.options)[0];
+    row.z_y = transform<F>(row.x_y, call.options).sum();
     row.q_y = double(own_q<A>(call, row.y));
     if constexpr (F::DENSE) {
       A spread;
@@ -238,7 +247,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     if (call.loss && first)
       write_row<A>(call, i, row_loss(terms, call), Saved{sums.m, sums.so, sums.q_others, double(row.y)});
     if (call.stats && first)
-      call.stats[i] = row_stats(sums.m, terms.lse_m, row_entropy(terms), call.options.lse_square_scale, top);
+      call.stats[i] = row_stats(terms.lse, row_entropy(terms), call.options.lse_square_scale, top);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);
     const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0);
     my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {

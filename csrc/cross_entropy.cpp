@@ -50,10 +50,10 @@ void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-// Rows in lanes: three vectors a class. Classes in lanes: one number a class, and what a block of them (at least 1,024)
+// Rows in lanes: four vectors a class. Classes in lanes: one number a class, and what a block of them (at least 1,024)
 // gives.
 int64_t scratch_bytes(const Call& call) {
-  const int64_t bytes = call.across ? 3 * call.C * WIDEST_VECTOR : (call.C + 16) * 8 + (call.C / 1024 + 1) * 128;
+  const int64_t bytes = call.across ? 4 * call.C * WIDEST_VECTOR : (call.C + 16) * 8 + (call.C / 1024 + 1) * 128;
   return (bytes + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
 }
 

@@ -25,18 +25,30 @@ template <class T_, bool CHANGED_, bool DENSE_> struct Traits {
 #define LAMBDA __attribute__((always_inline))
 
 // [1] transform
-template <class F> INLINE typename F::V transform(typename F::V x, const Options& o) {
+template <class F> INLINE Pair<typename F::V> transform(typename F::V x, const Options& o) {
   TYPES(F);
-  if constexpr (!F::CHANGED) return x;
-  const V z = x * A(o.logit_scale);
-  return o.softcap > 0 ? A(o.softcap) * tanh<A>(z * A(1 / o.softcap)) : z;
+  if constexpr (!F::CHANGED) return {x, V{}};
+  const double k = o.logit_scale, s = o.softcap;
+  return in_double(x, [&](Vec::f64 x_c) LAMBDA { return s > 0 ? s * tanh<double>(x_c * (k / s)) : x_c * k; });
+}
+
+// What orders the classes of a row as z does, without a softcap's cost.
+template <class F> INLINE typename F::V order(typename F::V x, const Options& o) {
+  const double k = o.logit_scale;
+  return F::CHANGED ? x * typename F::A(k > 0 ? 1 : k < 0 ? -1 : 0) : x;
+}
+
+// z of the largest in that order.
+template <class F> INLINE double transform_ordered(typename F::A largest, const Options& o) {
+  return transform<F>(order<F>(splat(largest), o), o).sum();
 }
 
 // [2] transform_grad
 template <class F> INLINE typename F::V transform_grad(typename F::V x, const Options& o) {
   TYPES(F);
-  const V k = splat(A(o.logit_scale));
-  return F::CHANGED && o.softcap > 0 ? k * sech2<A>(x * k * A(1 / o.softcap)) : k;
+  const double k = o.logit_scale, s = o.softcap;
+  if (!F::CHANGED || !(s > 0)) return splat(A(k));
+  return in_double(x, [&](Vec::f64 x_c) LAMBDA { return k * sech2<double>(x_c * (k / s)); }).high;
 }
 
 // What a part of a row leaves: see contract.RowSums. `N` is double for one row, or a vector for a row in each lane.
@@ -101,14 +113,16 @@ template <class N> INLINE RowSums<N> combine(RowSums<N> a, RowSums<N> b, bool pr
           higher ? b.argmax : a.argmax};
 }
 
-// What the loss and the gradient of a row are made from, once its sums are known.
+// What the loss and the gradient of a row are made from, once its sums are known; their m and z_y may be counted from
+// `base`.
 template <class N, class A> struct RowTerms {
   const RowSums<N>& sums;
-  N e_y, lse_m;  // exp(z_y - m), lse - m
+  N e_y, lse_m, lse;  // exp(z_y - m), lse - m
 
-  INLINE explicit RowTerms(const RowSums<N>& sums) : sums(sums) {
+  INLINE explicit RowTerms(const RowSums<N>& sums, N base = N{}) : sums(sums) {
     e_y = exp_of(sums.z_y - sums.m);
     lse_m = log1p_of(sums.so + (e_y - 1));
+    lse = base + sums.m + lse_m;
   }
 };
 
@@ -118,7 +132,7 @@ template <class N, class A> INLINE N row_loss(const RowTerms<N, A>& row, const C
   const A L = A(call.options.lse_square_scale * call.ratio);
   N loss = sums.q_y * (row.lse_m + (sums.m - sums.z_y));
   if (call.probs || call.options.label_smoothing > 0) loss += sums.q_others * row.lse_m + sums.q_drop;
-  if (L != 0) loss += L * (sums.m + row.lse_m) * (sums.m + row.lse_m);
+  if (L != 0) loss += L * row.lse * row.lse;
   return loss;
 }
 
@@ -131,7 +145,7 @@ template <class N, class A> struct GradFactors {
     const A L = A(call.options.lse_square_scale * call.ratio);
     const N inverse = 1 / (sums.so + row.e_y);
     N others = scale * sums.q_others + g_lse;
-    if (L != 0) others += 2 * L * scale * (sums.m + row.lse_m);
+    if (L != 0) others += 2 * L * scale * row.lse;
     p_scale = (others + scale * sums.q_y) * inverse;
     dz_y = others * (row.e_y * inverse) - scale * sums.q_y * (sums.so * inverse);
   }
@@ -147,18 +161,15 @@ INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P
   return dx;
 }
 
-// The gradient of a probability; `share` is the upstream gradient times 1 - e.
-template <class N, class V, class P> INLINE V target_grad(V z, N m, N lse_m, P share) {
-  return share * (lse_m + (m - z));
-}
+// The gradient of a probability; `share` is the upstream gradient times 1 - e, `drop` m - z.
+template <class N, class V, class P> INLINE V target_grad(V drop, N lse_m, P share) { return share * (lse_m + drop); }
 
 template <class N, class A> INLINE N row_entropy(const RowTerms<N, A>& row) {
   const RowSums<N>& sums = row.sums;
   const N y_drop = row.e_y == 0 ? row.e_y : row.e_y * (sums.m - sums.z_y);
   return row.lse_m + (sums.e_drop + y_drop) / (sums.so + row.e_y);
 }
-INLINE Stats row_stats(double m, double lse_m, double entropy, double L, int64_t argmax) {
-  const double lse = m + lse_m;
+INLINE Stats row_stats(double lse, double entropy, double L, int64_t argmax) {
   return {lse, L == 0 ? 0.0 : L * lse * lse, entropy, argmax};
 }
 

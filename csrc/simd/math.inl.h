@@ -63,15 +63,15 @@ template <class A, class V> INLINE V exp(V x, V rest = V{}) {
   return exp_above<A>(x, rest, splat(K::lowest), splat(K::round));
 }
 
-// exp(z - m) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at -50: the
-// rounded-off part is given back (Knuth's two-sum).
-template <class A, class V> INLINE V exp_minus(V z, V m) {
+// exp(z + low - m) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at
+// -50: the rounded-off part is given back (Knuth's two-sum).
+template <class A, class V> INLINE V exp_minus(V z, V low, V m) {
   const V d = z - m, minus_m = d - z;
-  const V result = exp<A>(d, (z - (d - minus_m)) - (m + minus_m));
+  const V result = exp<A>(d, (z - (d - minus_m)) - (m + minus_m) + low);
   return d < Constants<A>::lowest ? V{} : result;  // minus infinity has no rest
 }
 
-// exp(z - m) for z <= m and one m, but for a factor that is known to double precision: what is subtracted is a
+// exp(z + low - m) for z <= m and one m, but for a factor that is known to double precision: what is subtracted is a
 // `shift` near m that costs no rounding. A small m leaves only a power of 2, and a large one is itself exact, since z
 // is so near to it (or gives 0) that both are multiples of nearly the same digit.
 template <class A> struct Shifted {
@@ -86,7 +86,7 @@ template <class A> struct Shifted {
     base = splat(b), lowest = splat(rest + K::lowest), t_0 = splat(t);
     shift = double(b) + double(t - K::round) * 0.69314718055994530942;
   }
-  INLINE V exp(V z) const { return exp_above<A>(z - base, V{}, lowest, t_0); }
+  INLINE V exp(V z, V low) const { return exp_above<A>(z - base, low, lowest, t_0); }
 };
 
 // total += part; what that rounds off is kept in `lost` for the next addition (Neumaier).
@@ -151,3 +151,27 @@ INLINE Vec::f64 log1p_of(Vec::f64 u) { return log1p<double, Vec::f64, Vec::i64>(
 INLINE double infinity_of(double) { return __builtin_inf(); }
 INLINE Vec::f32 infinity_of(Vec::f32) { return splat(__builtin_inff()); }
 INLINE Vec::f64 infinity_of(Vec::f64) { return splat(__builtin_inf()); }
+
+// A number as the sum of two: `low` is what rounding cut off. z of float32 logits needs it where a scale or a softcap
+// made z: near 30 it is rounded by 1e-6, and a loss is a difference of such numbers.
+template <class V> struct Pair {
+  V high, low;
+  INLINE double sum() const { return double(high[0]) + double(low[0]); }  // of lane 0
+};
+
+// f of every lane in double, and what is lost on the way back.
+template <class Function> INLINE Pair<Vec::f64> in_double(Vec::f64 x, Function f) { return {f(x), Vec::f64{}}; }
+template <class Function> INLINE Pair<Vec::f32> in_double(Vec::f32 x, Function f) {
+  Vec::f32_half part[2], low[2];
+  __builtin_memcpy(part, &x, sizeof x);
+  for (int i = 0; i < 2; i++) {
+    const Vec::f64 exact = f(__builtin_convertvector(part[i], Vec::f64));
+    part[i] = __builtin_convertvector(exact, Vec::f32_half);
+    const Vec::f64 rest = exact - __builtin_convertvector(part[i], Vec::f64);
+    low[i] = __builtin_convertvector(rest - rest == 0 ? rest : Vec::f64{}, Vec::f32_half);  // inf - inf would be NaN
+  }
+  Pair<Vec::f32> result;
+  __builtin_memcpy(&result.high, part, sizeof result.high);
+  __builtin_memcpy(&result.low, low, sizeof result.low);
+  return result;
+}
