@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Generic, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar  # torch requires it
 
-from .functional import cross_entropy
+from .functional import CrossEntropyOutput, cross_entropy
+
+# What a call returns, as return_stats has it. Its default lets CrossEntropyLoss stand in annotations as torch's does.
+Result = TypeVar("Result", default=Tensor)
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss, Generic[Result]):
     """A drop-in for `torch.nn.CrossEntropyLoss`; see `fused_ce.cross_entropy` for every argument.
 
     Shape:
@@ -19,6 +23,60 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         `fused_ce.CrossEntropyOutput` with return_stats.
     """
 
+    @overload
+    def __init__(
+        self: CrossEntropyLoss[Tensor],
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        dtype: torch.dtype | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        lse_square_scale: float = 0.0,
+        inplace: bool = False,
+        return_stats: Literal[False] = False,
+        backend: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: CrossEntropyLoss[CrossEntropyOutput],
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        dtype: torch.dtype | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        lse_square_scale: float = 0.0,
+        inplace: bool = False,
+        return_stats: Literal[True],
+        backend: str | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: CrossEntropyLoss[Tensor | CrossEntropyOutput],
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        dtype: torch.dtype | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        lse_square_scale: float = 0.0,
+        inplace: bool = False,
+        return_stats: bool,
+        backend: str | None = None,
+    ) -> None: ...
     def __init__(
         self,
         weight: Tensor | None = None,  # (C,)
@@ -45,14 +103,14 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.return_stats = return_stats
         self.backend = backend
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input: Tensor,  # (N, C)
         target: Tensor,  # (N,)
         num_items: float | Tensor | None = None,  # ()
         grad_scale: float | Tensor | None = None,  # ()
-    ) -> Any:
-        return cross_entropy(
+    ) -> Result:
+        return cross_entropy(  # type: ignore[return-value]
             input,
             target,
             self.weight,
@@ -69,3 +127,13 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             return_stats=self.return_stats,
             backend=self.backend,
         )
+
+    if TYPE_CHECKING:
+        # torch's is Callable[..., Any], which hides every mistake in the arguments and in what is done with the loss.
+        def __call__(
+            self,
+            input: Tensor,
+            target: Tensor,
+            num_items: float | Tensor | None = None,
+            grad_scale: float | Tensor | None = None,
+        ) -> Result: ...
