@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, Literal, overload
+import inspect
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import torch
 from torch import Tensor
@@ -137,3 +138,27 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, Generic[Result]):
             num_items: float | Tensor | None = None,
             grad_scale: float | Tensor | None = None,
         ) -> Result: ...
+
+    def extra_repr(self) -> str:
+        weight = [] if self.weight is None else [f"weight={tuple(self.weight.shape)}"]
+        return ", ".join(weight + [f"{name}={value!r}" for name, value in self._chosen().items()])
+
+    def __prepare_scriptable__(self) -> torch.nn.CrossEntropyLoss:
+        """What torch.jit.script compiles in this module's place, and leaves in a model that holds it: torch's own.
+
+        Raises:
+            NotImplementedError: a keyword is used that torch's module does not have.
+        """
+        names = ("ignore_index", "reduction", "label_smoothing")
+        if own := [f"{name}={value!r}" for name, value in self._chosen().items() if name not in names]:
+            raise NotImplementedError(
+                f"torch.jit.script runs torch's own cross entropy, which has no {', '.join(own)}; it is deprecated: "
+                "use torch.compile or torch.export, or script the model without its loss"
+            )
+        theirs = torch.nn.CrossEntropyLoss(self.weight, **{name: getattr(self, name) for name in names})
+        return theirs.train(self.training)
+
+    def _chosen(self) -> dict[str, Any]:
+        """The options that are not the default, but for the weight."""
+        given, parameters = vars(self), inspect.signature(CrossEntropyLoss.__init__).parameters.items()
+        return {name: given[name] for name, its in parameters if name in given and given[name] != its.default}
