@@ -179,9 +179,11 @@ def plot(path: str, facts: dict[str, Any], rows: list[Row], yardstick: str) -> N
     for i, peer in enumerate(peers):
         bars = [(cells.index(row.cell), row.ratio) for row in rows if row.peer == peer and row.ratio is not None]
         width = 0.8 / len(peers)
-        axes.bar([x + (i + 0.5) * width - 0.4 for x, _ in bars], [y for _, y in bars], width, label=peer)
+        drawn = axes.bar([x + (i + 0.5) * width - 0.4 for x, _ in bars], [y for _, y in bars], width, label=peer)
+        axes.bar_label(drawn, fmt="%.1f", fontsize=6.5, padding=1.5, bbox={"color": "white", "pad": 0.3})
     axes.axhline(1, color="black", linewidth=0.8, label=yardstick)
     axes.set_xticks(range(len(cells)), [cell.replace(" ", "\n") for cell in cells])
+    axes.set_xlabel("logits: rows x classes, dtype")
     axes.set_ylabel(f"times as fast as {yardstick}")
     where = facts.get("gpu", f"{facts['cpu']}, {facts['threads']} threads")
     axes.set_title(f"{where}, torch {facts['torch']}, {facts['date']}", fontsize="small")

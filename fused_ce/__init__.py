@@ -2,7 +2,10 @@
 
 from .backends.triton.launch import check_targets
 from .functional import CrossEntropyOutput, cross_entropy
+from .missing import warn as _warn
 from .module import CrossEntropyLoss
 
 __version__ = "0.1.0"
 __all__ = ["CrossEntropyLoss", "CrossEntropyOutput", "__version__", "check_targets", "cross_entropy"]
+
+_warn()

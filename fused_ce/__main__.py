@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import __version__, cross_entropy
+from . import __version__, cross_entropy, missing
 from .backends import dispatch
 from .backends.cpu import _C
 from .contract import Call
@@ -58,7 +58,7 @@ def installed() -> Iterator[str]:
     for i in range(torch.cuda.device_count()):
         yield f"  GPU {i}        {torch.cuda.get_device_name(i)}"
     if _C is None:
-        yield "  C++ kernels  missing: calls on the CPU run torch's own operators; pip install . in the checkout helps"
+        yield "  C++ kernels  missing: calls on the CPU run torch's own operators; the last line says what helps"
     else:
         compiler = f", by {_C.compiler}" if hasattr(_C, "compiler") else ""
         yield f"  C++ kernels  instruction set {_C.isa()}, of {', '.join(_C.isa_names())} (FUSED_CE_ISA forces one)"
@@ -119,7 +119,12 @@ def self_check() -> Iterator[str]:
         yield row
     if chosen_isa:
         _C.set_isa(chosen_isa)
-    yield f"FAIL: {', '.join(failed)}. Please report this output." if failed else "pass"
+    if failed:
+        yield f"FAIL: {', '.join(failed)}. Please report this output."
+    elif _C is None:
+        yield f"FAIL: {missing.reason()}."
+    else:
+        yield "pass"
 
 
 def variants() -> Iterator[Variant]:

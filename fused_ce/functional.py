@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,14 +28,71 @@ class CrossEntropyOutput(NamedTuple):
     entropy: Tensor  # R, of softmax, in nats
 
 
-# Callers see a Tensor unless they ask for more; what the arguments are is said once, below.
+# Type checkers do not look into *args and **keywords, so each overload repeats the signature; tests hold them equal.
 @overload
 def cross_entropy(
-    input: Tensor, target: Tensor, *args: Any, return_stats: Literal[True], **keywords: Any
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    dtype: torch.dtype | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    num_items: float | Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    dtype: torch.dtype | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    num_items: float | Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
+    return_stats: Literal[True],
+    backend: str | None = None,
 ) -> CrossEntropyOutput: ...
 @overload
-def cross_entropy(input: Tensor, target: Tensor, *args: Any, return_stats: bool = False, **keywords: Any) -> Tensor: ...
-def cross_entropy(  # type: ignore[misc]
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    dtype: torch.dtype | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    num_items: float | Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
+    return_stats: bool,
+    backend: str | None = None,
+) -> Tensor | CrossEntropyOutput: ...
+def cross_entropy(
     input: Tensor,  # (N, C), (C) or (N, C, d1..dk)
     target: Tensor,  # (N), () or (N, d1..dk); or probabilities of the input's shape
     weight: Tensor | None = None,  # (C,)

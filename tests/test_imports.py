@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -17,7 +19,8 @@ PACKAGE = Path(fused_ce.__file__).parent
 LAUNCHED = ("arguments", "backward", "forward", "plan", "reduce", "rows")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
-    "__init__": {"backends.triton.launch", "functional", "module"},
+    "__init__": {"backends.triton.launch", "functional", "missing", "module"},
+    "missing": set(),
     "module": {"functional"},
     "functional": {"_torch", "autograd", "gate", "ops"},
     "gate": {"_torch", "backends.dispatch", "operators"},
@@ -81,9 +84,12 @@ def test_every_file_has_its_arrows() -> None:
 def test_arrows(module: str) -> None:
     inside, outside = imports(module)
     assert inside - ANYONE_MAY == ARROWS[module] - ANYONE_MAY
-    allowed = (
-        {"triton"} if module in KERNELS else {"torch", "triton"} if module.startswith("backends.triton") else {"torch"}
-    )
+    if module in KERNELS:
+        allowed = {"triton"}
+    elif module.startswith("backends.triton"):
+        allowed = {"torch", "triton"}
+    else:
+        allowed = {"torch", "typing_extensions"}  # torch requires the second
     assert outside <= allowed
 
 
@@ -169,7 +175,9 @@ for dtype in (torch.float32, torch.bfloat16):
 
 @pytest.mark.parametrize("missing", [(), ("triton",), ("fused_ce._C",), ("triton", "fused_ce._C")], ids=str)
 def test_works_without(missing: tuple[str, ...]) -> None:
-    block = f"import sys\nfor name in {missing!r}: sys.modules[name] = None\n"
+    block = f"import sys, warnings\nfor name in {missing!r}: sys.modules[name] = None\n"
+    if "fused_ce._C" in missing:
+        block += "warnings.filterwarnings('ignore', 'the C.. kernels of the fused_ce in', RuntimeWarning)\n"
     used = "from fused_ce.backends import cpu\nassert (cpu._C is None) == " + str("fused_ce._C" in missing)
     assert python(block + CHECK + used) == ""
 
@@ -178,3 +186,32 @@ def test_import_loads_nothing_optional() -> None:
     code = "import sys, torch; before = set(sys.modules); import fused_ce; print(*(set(sys.modules) - before))"
     loaded = python(code)
     assert not {name.split(".")[0] for name in loaded.split()} & {"triton", "numpy", "sympy"}
+
+
+@pytest.mark.parametrize("from_source", [True, False])
+def test_says_once_that_the_kernels_are_missing(from_source: bool, tmp_path: Path) -> None:
+    copy = tmp_path / "fused_ce"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    if from_source:
+        (tmp_path / "setup.py").touch()
+    # An editable install finds parts of the package that the folder lacks.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [finder for finder in sys.meta_path if '__editable__' not in repr(finder)]\n"
+    )
+    (tmp_path / "program.py").write_text("import fused_ce, torch\nfrom fused_ce import cross_entropy\n")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command, environment = [sys.executable, *arguments], os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    said = f"the C++ kernels of the fused_ce in {copy} cannot be loaded (No module named 'fused_ce._C')"
+    advice = f"`pip install -e {tmp_path}`, or start Python in another folder" if from_source else "Install it again"
+    program = run("program.py")
+    assert program.returncode == 0
+    assert program.stderr.count("Warning") == 1
+    assert f"program.py:1: RuntimeWarning: {said}. " in program.stderr
+    assert advice in program.stderr
+    main = run("-m", "fused_ce")
+    assert main.returncode == 1
+    assert main.stdout.splitlines()[-2].startswith(f"FAIL: {said}. ")
+    assert advice in main.stdout

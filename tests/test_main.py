@@ -23,17 +23,19 @@ from fused_ce.contract import Forward
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    """What the program prints here; it ends well."""
+    """What the program prints here; it ends well where nothing is missing."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert main.main() == 0
+        assert main.main() == (1 if cpu._C is None else 0)
     return output.getvalue()
 
 
 def test_passes_here(printed: str) -> None:
     assert printed.splitlines()[0] == f"fused_ce {fused_ce.__version__}"
     assert torch.__version__ in printed
-    assert printed.rstrip().endswith("pass")
-    if cpu._C is not None:
+    if cpu._C is None:
+        assert printed.splitlines()[-2].startswith("FAIL: the C++ kernels")
+    else:
+        assert printed.rstrip().endswith("pass")
         assert all(f"cpu {isa}" in printed for isa in cpu._C.isa_names())
         assert f"instruction set {cpu._C.isa()}" in printed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +114,46 @@ def test_trains_as_torchs() -> None:
         losses.append(history)
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_shows_the_options_that_were_chosen() -> None:
+    assert repr(CrossEntropyLoss()) == "CrossEntropyLoss()"
+    shown = repr(CrossEntropyLoss(w(), reduction="sum", softcap=30.0, dtype=torch.float32, return_stats=True))
+    assert shown == (
+        "CrossEntropyLoss(weight=(5,), reduction='sum', dtype=torch.float32, softcap=30.0, return_stats=True)"
+    )
+    for name, value in {"ignore_index": 0, "label_smoothing": 0.1, "inplace": True, "backend": "cpu"}.items():
+        assert repr(CrossEntropyLoss(**{name: value})) == f"CrossEntropyLoss({name}={value!r})"
+    assert "(criterion): CrossEntropyLoss(logit_scale=0.5)" in repr(
+        nn.ModuleDict({"criterion": CrossEntropyLoss(logit_scale=0.5)})
+    )
+
+
+class Model(nn.Module):
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self.criterion(input, target) * 2
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning", "ignore:.torch.jit.:FutureWarning")
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_is_scripted_as_torchs(name: str, tmp_path: Path) -> None:
+    ours, theirs = CrossEntropyLoss(**CONSTRUCTIONS[name]).eval(), nn.CrossEntropyLoss(**CONSTRUCTIONS[name])
+    scripted = torch.jit.script(ours)
+    assert type(ours) is CrossEntropyLoss
+    assert not scripted.training
+    torch.jit.save(scripted, tmp_path / "loss.pt")
+    for module in (scripted, torch.jit.load(tmp_path / "loss.pt")):
+        torch.testing.assert_close(run(module), run(theirs), rtol=0, atol=0)
+        assert module.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(run(torch.jit.script(Model(ours))), run(Model(theirs)), rtol=0, atol=0)
+
+
+def test_keywords_that_torch_lacks_are_not_scripted() -> None:
+    for keywords in ({"softcap": 2.0}, {"return_stats": True}, {"inplace": True}, {"dtype": torch.float32}):
+        ((name, value),) = keywords.items()
+        with pytest.raises(NotImplementedError, match=f"has no {name}={value}; it is deprecated: use torch.compile"):
+            torch.jit.script(Model(CrossEntropyLoss(**keywords)))
