@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from cases import Case, ignore, ramp, rows_apart
 from judge import check, check_grad, expected_of
 from torch import Tensor
 
-from fused_ce import cross_entropy
+from fused_ce import check_targets, cross_entropy
 from fused_ce.backends.triton import launch
 from fused_ce.contract import Upstream
 
@@ -132,6 +133,58 @@ def test_another_stream(C: int, dtype: torch.dtype) -> None:
         got = both(x, y)
     torch.cuda.current_stream().wait_stream(side)
     assert same(got, expected)
+
+
+def test_targets_met_on_another_stream() -> None:
+    with contextlib.suppress(IndexError):
+        check_targets()  # what other tests left
+    x, y = make(4096, 50257, torch.bfloat16)
+    y[7] = 50257
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(10):
+            both(x, y)
+    with pytest.raises(IndexError, match=r"^Target 50257 is out of bounds\.$"):
+        check_targets()
+    check_targets()
+
+
+def test_targets_met_by_a_graph() -> None:
+    x, y = make(64, 1000, torch.bfloat16)
+    both(x, y)
+    with contextlib.suppress(IndexError):
+        check_targets()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both(x, y)
+    y[3] = 1000
+    graph.replay()
+    y[3] = 0
+    graph.replay()  # forgets nothing
+    with pytest.raises(IndexError, match=r"^Target 1000 is out of bounds\.$"):
+        check_targets()
+    graph.replay()
+    check_targets()
+
+
+@pytest.mark.parametrize("name", ["num_items", "grad_scale"])
+def test_a_number_on_the_cpu_neither_waits_nor_breaks_a_capture(name: str) -> None:
+    x, y = make(64, 1000, torch.float32)
+    wanted = both(x, y, **{name: 3.0})
+    given = {name: torch.tensor(3.0)}
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = both(x, y, **given)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert same(got, wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(x, y, **given)
+    graph.replay()
+    assert same(captured, wanted)
 
 
 @dtypes

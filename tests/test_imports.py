@@ -14,7 +14,7 @@ import pytest
 import fused_ce
 
 PACKAGE = Path(fused_ce.__file__).parent
-LAUNCHED = ("arguments", "backward", "forward", "plan", "reduce", "rows")
+LAUNCHED = ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "targets")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
     "__init__": {"backends.triton.launch", "functional", "module"},
@@ -35,7 +35,9 @@ ARROWS = {
     "backends.triton.launch": {f"backends.triton.{name}" for name in LAUNCHED},
     "backends.triton.arguments": {"backends.triton.rows"},
     "backends.triton.plan": {"backends.triton.arguments", "backends.triton.rows"},
+    "backends.triton.readable": set(),
     "backends.triton.rows": set(),
+    "backends.triton.targets": set(),
     "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "tiles")},
     "backends.triton.backward": {f"backends.triton.{name}" for name in ("formula", "tiles")},
     "backends.triton.reduce": {"backends.triton.tiles"},

@@ -18,12 +18,14 @@ from ...contract import Call, Forward, Gradients, RowSums, Schedule, Stats, Upst
 from ...options import FLOATS, Options
 from .arguments import Given, Grads, Out, Received, Shared
 from .plan import cut
+from .readable import host, number, packed, readable
 from .rows import NOTHING, Matrix, matrices, rows
+from .targets import check_targets as check_targets
+from .targets import flag
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 CHUNK = 32768  # rows one program sums; more rows take a second launch
 SUMS = {"CHUNK": CHUNK, "BLOCK": 4096, "num_warps": 8}
-_BAD: dict[torch.device, Tensor] = {}
 
 
 def unsupported(call: Call) -> list[str]:
@@ -97,8 +99,8 @@ def forward(call: Call, schedule: Schedule) -> Forward:
                 _given(call, sizes, views),
                 Shared(
                     norm,
-                    _number(options.grad_scale, dtype, input.device),
-                    None if call.has_probs else _bad(input.device),
+                    number(options.grad_scale, dtype, input.device),
+                    None if call.has_probs else flag(input.device),
                     parts,
                 ),
                 Out(loss, saved, stats, views[2] or NOTHING),
@@ -119,10 +121,12 @@ def backward(
 ) -> Gradients:
     """The gradients: recomputed, or the fused one made right if the upstream gradient is not grad_scale."""
     input, target, _, options = call
+    upstream = Upstream(readable(upstream.loss), None if upstream.lse is None else readable(upstream.lse))
     if grad is not None and grad.itemsize > 2 and upstream.lse is None:
         return Gradients(rescale(grad, options, upstream.loss, keep))
     assert saved is not None
-    spare = None if keep else grad
+    saved = readable(saved)
+    spare = None if keep or grad is None else readable(grad)
     dx = spare if spare is not None else input if options.inplace else input.new_empty(input.shape)
     dt = target.new_empty(target.shape) if wants_target else None
     if input.numel():
@@ -140,7 +144,7 @@ def backward(
                 saved[-1, :2] if options.reduction == "mean" else None,
                 rows(upstream.loss),
                 None if upstream.lse is None else rows(upstream.lse),
-                _number(options.grad_scale, upstream.loss.dtype, input.device),
+                number(options.grad_scale, upstream.loss.dtype, input.device),
             ),
             Grads(views[2] or NOTHING, views[3] or NOTHING),
             plan.groups,
@@ -155,36 +159,14 @@ def backward(
 
 def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
     """See `contract.Backend`."""
+    grad, upstream = readable(grad), readable(upstream)
     out = torch.empty_like(grad) if keep else grad
-    n, expected = grad.numel(), _number(options.grad_scale, upstream.dtype, grad.device)
+    n, expected = grad.numel(), number(options.grad_scale, upstream.dtype, grad.device)
     if n:
         programs = min(-(-n // 4096), 2048)
         meta = {"IN_PLACE": not keep, "BLOCK": 4096, "num_warps": 8}
         _launch("rescale_grad", (programs,), grad, upstream, expected, out, n, **meta)
     return out
-
-
-def check_targets() -> None:
-    """Raise for a class index out of range that a GPU has met since the last check; waits for the GPU.
-
-    On a GPU nothing else looks: such a row's loss and gradient are NaN.
-
-    Raises:
-        IndexError: with torch's message, for one of the targets.
-    """
-    for bad in _BAD.values():
-        value = int(bad)
-        bad.zero_()
-        if value:
-            raise IndexError(f"Target {value} is out of bounds.")
-
-
-def _bad(device: torch.device) -> Tensor:  # (1,)
-    """The last target of this device that was out of range, or 0, which no target can be."""
-    if device not in _BAD:
-        with torch.inference_mode(False):
-            _BAD.setdefault(device, torch.zeros(1, dtype=torch.int64, device=device))
-    return _BAD[device]
 
 
 def _norm(call: Call, saved: Tensor | None) -> Tensor | None:
@@ -197,9 +179,9 @@ def _norm(call: Call, saved: Tensor | None) -> Tensor | None:
         N, chunks = target.numel(), _chunks(target.numel())
         parts = norm if chunks == 1 else norm.new_empty((chunks, 2))
         labels, ignore_index = rows(target), options.ignore_index
-        _launch("prepare", (chunks,), labels, _packed(weight), parts, N, call.classes, ignore_index, **SUMS)
+        _launch("prepare", (chunks,), labels, packed(weight), parts, N, call.classes, ignore_index, **SUMS)
         return norm if chunks == 1 else _total(parts, None, norm)
-    norm[:] = math.prod(call.row_shape) if options.num_items is None else options.num_items
+    norm[:] = math.prod(call.row_shape) if options.num_items is None else host(options.num_items)
     return norm
 
 
@@ -218,23 +200,12 @@ def _given(call: Call, sizes: list[int], views: list[Matrix | None]) -> Given:
     logits, probs, *_ = views
     assert logits is not None
     outer = tuple(sizes[-2::-1]) or None
-    return Given(logits, probs or rows(call.target), _packed(call.weight), call.classes, outer)
+    return Given(logits, probs or rows(call.target), packed(call.weight), call.classes, outer)
 
 
 def _scalars(options: Options) -> tuple[Any, ...]:
     s = 1.0 if options.softcap is None else options.softcap
     return options.ignore_index, options.smoothing, options.logit_scale, s, options.lse_square_scale
-
-
-def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:  # ()
-    """Where a kernel can read it, rounded as an upstream gradient of that dtype is; filled in, because a copy waits."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype)
-    return None if value is None else torch.full((), value, dtype=dtype, device=device)
-
-
-def _packed(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.contiguous()
 
 
 def _chunks(n: int) -> int:
