@@ -1,6 +1,7 @@
 """Backend "triton": launches the kernels on CUDA tensors (and, under TRITON_INTERPRET=1, on CPU tensors).
 
-Nothing here waits for the device: every number that decides something is read by a kernel.
+Nothing here waits for the device, but for the first look at a kernel (`self_check`): every number that decides
+something is read by a kernel.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from ...contract import Call, Forward, Gradients, RowSums, Schedule, Stats, Upstream
 from ...options import FLOATS, Options
+from .. import reference
+from . import self_check
 from .arguments import Given, Grads, Out, Received, Shared
-from .plan import cut
+from .plan import Cut, cut
 from .readable import host, number, packed, readable
 from .rows import NOTHING, Matrix, matrices, rows
 from .targets import check_targets as check_targets
@@ -38,6 +41,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("no CUDA device was found")
     elif input.device.type not in ("cpu", "cuda"):
         reasons.append(f"triton takes CUDA tensors, got {input.device.type}")
+    if self_check.declines(input.device):
+        reasons.append(f"its kernels did not agree with torch on this device ({self_check.DECLINED[input.device]})")
     if not INSTALLED:
         reasons.append("triton is not installed (pip install triton)")
     if any(t.device != input.device for t in (target, weight) if t is not None):
@@ -70,6 +75,11 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 def forward(call: Call, schedule: Schedule) -> Forward:
     """See `contract.Backend`; a fused gradient of 32 bits or more saves nothing, unless lse may get a gradient."""
+    return _forward(call, schedule, None)[0]
+
+
+def _forward(call: Call, schedule: Schedule, like: Cut | None) -> tuple[Forward, Tensor]:
+    """The result, and the losses of the rows; by the variant of `like`, for `self_check`, without a look at it."""
     input, target, _, options = call
     shape, acc, dtype = call.row_shape, call.acc, options.dtype or input.dtype
     none, fused = options.reduction == "none", schedule == "fused"
@@ -85,6 +95,11 @@ def forward(call: Call, schedule: Schedule) -> Forward:
     if loss.numel():
         sizes, views = matrices(input, target if call.has_probs else None, grad)
         plan = cut(call, sizes, views, held=True)
+        if like is not None:
+            plan = plan.as_in(like)
+        elif variant := self_check.unsettled("forward", call, plan, views, schedule):
+            if not self_check.forward_is_right(variant, call, schedule, lambda few: _forward(few, schedule, plan)):
+                return self_check.forward_by_torch(call, schedule, saved), loss
         parts: Tensor | None = None
         grids: dict[int, tuple[int, ...]] = {0: (plan.programs,)}
         if plan.shares:
@@ -111,16 +126,31 @@ def forward(call: Call, schedule: Schedule) -> Forward:
                 TILING=plan.tiling._replace(STEP=step),
                 **plan.settings,
             )
+    losses = loss
     if not none:
         loss = _total(loss.view(-1), norm, loss.new_empty((), dtype=dtype))
-    return Forward(loss, grad, saved, stats)
+    return Forward(loss, grad, saved, stats), losses
 
 
 def backward(
     call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
 ) -> Gradients:
     """The gradients: recomputed, or the fused one made right if the upstream gradient is not grad_scale."""
+    return _backward(call, grad, saved, upstream, keep, wants_target, None)
+
+
+def _backward(
+    call: Call,
+    grad: Tensor | None,
+    saved: Tensor | None,
+    upstream: Upstream,
+    keep: bool,
+    wants_target: bool,
+    like: Cut | None,  # as in `_forward`
+) -> Gradients:
     input, target, _, options = call
+    if self_check.declines(input.device):
+        return self_check.backward_by_torch(call, grad, upstream, keep, wants_target)
     upstream = Upstream(readable(upstream.loss), None if upstream.lse is None else readable(upstream.lse))
     if grad is not None and grad.itemsize > 2 and upstream.lse is None:
         return Gradients(rescale(grad, options, upstream.loss, keep))
@@ -132,6 +162,15 @@ def backward(
     if input.numel():
         sizes, views = matrices(input, target if call.has_probs else None, dx, dt)
         plan = cut(call, sizes, views, held=False, again=spare is not None and upstream.lse is None)
+        if like is not None:
+            plan = plan.as_in(like)
+        elif variant := self_check.unsettled("backward", call, plan, views, upstream.loss.dtype, upstream.lse is None):
+
+            def run(few: Call, spare: Tensor | None, saved: Tensor, upstream: Upstream) -> Gradients:
+                return _backward(few, spare, saved, upstream, False, wants_target, plan)
+
+            if not self_check.backward_is_right(variant, call, spare, saved, upstream, wants_target, run):
+                return self_check.backward_by_torch(call, grad, upstream, keep, wants_target)
         programs = min(plan.groups, 2048)
         # In place, a row is one program's: another might overwrite x_y before it is read.
         pieces = 1 if options.inplace else min(-(-call.classes // plan.tiling.BLOCK), 2048 // programs)
@@ -160,8 +199,18 @@ def backward(
 def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
     """See `contract.Backend`."""
     grad, upstream = readable(grad), readable(upstream)
-    out = torch.empty_like(grad) if keep else grad
-    n, expected = grad.numel(), number(options.grad_scale, upstream.dtype, grad.device)
+    expected = number(options.grad_scale, upstream.dtype, grad.device)
+
+    def run(grad: Tensor, upstream: Tensor) -> Tensor:
+        return _rescale(grad, upstream, expected, keep)
+
+    if not self_check.rescale_is_right(grad, upstream, expected, keep, run):
+        return reference.rescale(grad, options, upstream, keep)
+    return run(grad, upstream)
+
+
+def _rescale(grad: Tensor, upstream: Tensor, expected: Tensor | None, keep: bool) -> Tensor:
+    out, n = torch.empty_like(grad) if keep else grad, grad.numel()
     if n:
         programs = min(-(-n // 4096), 2048)
         meta = {"IN_PLACE": not keep, "BLOCK": 4096, "num_warps": 8}
