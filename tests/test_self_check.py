@@ -25,7 +25,7 @@ only_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Under the interpreter too, and nothing is settled yet."""
     monkeypatch.setattr(self_check, "SETTING", "1")
-    for name, empty in (("PASSED", set()), ("UNCOMPARED", set()), ("DECLINED", {}), ("_tried", {})):
+    for name, empty in (("PASSED", []), ("UNCOMPARED", []), ("_settled", set()), ("DECLINED", {}), ("_tried", {})):
         monkeypatch.setattr(self_check, name, empty)
     self_check._is_wanted.cache_clear()
     yield
@@ -89,22 +89,23 @@ def test_right_kernels_pass_once(backend: Backend, case: Case, monkeypatch: pyte
         numbers.append(len(launched))
     assert not self_check.DECLINED
     assert not self_check.UNCOMPARED
-    assert {variant.kernel for variant in self_check.PASSED} >= {"forward", "backward"}
+    assert {variant.key[0] for variant in self_check.PASSED} >= {"forward", "backward"}
     assert numbers[0] > numbers[1]
     check(loss, expected_of(case)[0])
 
 
 @only_triton
-def test_every_case_passes(backend: Backend) -> None:
+def test_no_right_kernel_is_declined(backend: Backend) -> None:
     # No rounding, no mask, no infinity of the table of cases is taken for a fault.
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        for case in CASES:
+        for case in CASES[::9]:
             call = case.build(backend.device)
-            if not launch.unsupported(call) and call.input.numel() < 20000:
+            if not launch.unsupported(call):
                 _, _, saved, _ = result = launch.forward(call, "recompute")
                 launch.backward(call, None, saved, Upstream(torch.ones_like(result.loss)), True, bool(case.probs))
     assert not self_check.DECLINED
+    assert len(self_check.PASSED) > 4 * len(self_check._tried)
 
 
 WRONG = [("forward", "loss"), ("forward", "grad"), ("forward", "lse"), ("prepare", ""), ("total", "")]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...contract import Call, Forward, Gradients, Schedule, Upstream
 from .. import reference
+from .arguments import Tiling, Traits
 from .compare import differs, divisors_of, sample
 from .plan import Cut
 from .readable import number
@@ -34,21 +35,29 @@ TRIES = 3  # calls without a row that can be compared, before a variant is let t
 class Variant(NamedTuple):
     """What Triton compiles once, nearly: the divisibility of sizes is in the tiling's ALIGN."""
 
-    kernel: str
-    device: torch.device
-    dtypes: tuple[torch.dtype | None, ...]  # of logits, target, weight; of what else the kernel reads and writes
-    plan: tuple[Any, ...]  # traits, tiling, whether rows are shared, settings of the launch
-    layout: tuple[Any, ...]  # which strides are 1, and which arguments are there
+    key: tuple[Any, ...]
 
     def __str__(self) -> str:
-        names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes if dtype is not None]
-        traits = [name for name, is_so in (self.plan[0]._asdict() if self.plan else {}).items() if is_so]
-        tiling = [f"{name}={value}" for name, value in (self.plan[1]._asdict() if self.plan else {}).items()]
-        return " ".join([self.kernel, str(self.device), *names, *traits, *tiling, *map(str, self.plan[2:])])
+        words = []
+        for part in self.key:
+            if isinstance(part, Traits):
+                words += [name for name, is_so in part._asdict().items() if is_so]
+            elif isinstance(part, Tiling):
+                words += [f"{name}={value}" for name, value in part._asdict().items()]
+            else:
+                words.append(str(part).removeprefix("torch."))
+        return " ".join(words)
+
+    @property
+    def device(self) -> torch.device:
+        device = self.key[1]
+        assert isinstance(device, torch.device)
+        return device
 
 
-PASSED: set[Variant] = set()
-UNCOMPARED: set[Variant] = set()  # after TRIES calls
+_settled: set[tuple[Any, ...]] = set()  # keys of variants
+PASSED: list[Variant] = []
+UNCOMPARED: list[Variant] = []  # let through after TRIES calls
 DECLINED: dict[torch.device, str] = {}  # and what was found
 _tried: dict[Variant, int] = {}
 
@@ -62,15 +71,29 @@ def unsettled(kernel: str, call: Call, plan: Cut, views: list[Matrix | None], *m
     input, target, weight, options = call
     if not _is_wanted(input.device):
         return None
-    dtypes = input.dtype, target.dtype, None if weight is None else weight.dtype, options.dtype
-    layout = *((v and (v.outer is None, v.inner is None, v.col is None)) for v in views), *more
-    there = options.reduction, options.grad_scale is None
-    plans = plan.traits, plan.tiling, plan.shares, *plan.settings.values()
-    return _if_unsettled(Variant(kernel, input.device, dtypes, plans, (*layout, *there)))
-
-
-def _if_unsettled(variant: Variant) -> Variant | None:
-    return None if variant in PASSED or variant in UNCOMPARED or is_capturing(variant.device) else variant
+    logits, probs = views[0], views[1]
+    assert logits is not None
+    key = (
+        kernel,
+        input.device,
+        input.dtype,
+        target.dtype,
+        None if weight is None else weight.dtype,
+        options.dtype,
+        options.reduction,
+        options.grad_scale is None,
+        logits.inner is None,
+        logits.col is None,
+        probs is None or probs.inner is None,
+        probs is None or probs.col is None,
+        logits.outer is None,
+        plan.traits,
+        plan.tiling,
+        plan.shares,
+        *plan.settings.values(),
+        *more,
+    )
+    return None if key in _settled or is_capturing(input.device) else Variant(key)
 
 
 @functools.cache
@@ -144,8 +167,8 @@ def rescale_is_right(
     if not _is_wanted(grad.device):
         return True
     dtypes = grad.dtype, upstream.dtype, None if expected is None else expected.dtype
-    variant = _if_unsettled(Variant("rescale_grad", grad.device, dtypes, (), (keep,)))
-    if variant is None:
+    key = ("rescale_grad", grad.device, *dtypes, keep)
+    if key in _settled or is_capturing(grad.device):
         return True
 
     def findings() -> Iterator[str | None]:
@@ -154,7 +177,7 @@ def rescale_is_right(
         wanted = before * 3.0 if expected is None else before * 3.0 / expected.cpu().double()
         yield differs("gradient", run(few, g), wanted, wanted.abs() * 1e-4)
 
-    return _judge(variant, findings)
+    return _judge(Variant(key), findings)
 
 
 def _few(call: Call) -> Call:
@@ -179,11 +202,13 @@ def _judge(variant: Variant, findings: Callable[[], Iterator[str | None]]) -> bo
     wrong = "; ".join(filter(None, found))
     if not wrong:
         if None not in found:
-            PASSED.add(variant)
+            PASSED.append(variant)
+            _settled.add(variant.key)
         else:
             _tried[variant] = _tried.get(variant, 0) + 1
             if _tried[variant] == TRIES:
-                UNCOMPARED.add(variant)
+                UNCOMPARED.append(variant)
+                _settled.add(variant.key)
         return True
     DECLINED[variant.device] = f"{variant}: {wrong}"
     warnings.warn(
@@ -223,3 +248,12 @@ def backward_by_torch(call: Call, grad: Tensor | None, upstream: Upstream, keep:
     if grad is not None and call.options.inplace:
         return Gradients(reference.rescale(grad, call.options, upstream.loss, keep))  # the logits are gone
     return reference.backward(call, None, None, upstream, True, wants_target)
+
+
+def report() -> Iterator[str]:
+    """What was found so far, a line each, for `python -m fused_ce`."""
+    for outcome, variants in (("agrees", PASSED), ("not compared", UNCOMPARED)):
+        for variant in variants:
+            yield f"{outcome}: {variant}"
+    for found in DECLINED.values():
+        yield f"differs: {found}"
