@@ -14,7 +14,7 @@ import pytest
 import fused_ce
 
 PACKAGE = Path(fused_ce.__file__).parent
-LAUNCHED = ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "targets")
+LAUNCHED = ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "self_check", "targets")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
     "__init__": {"backends.triton.launch", "functional", "module"},
@@ -32,7 +32,12 @@ ARROWS = {
     "backends.reference": {"formula"},
     "backends.cpu": {"_C"},
     "backends.triton.__init__": set(),
-    "backends.triton.launch": {f"backends.triton.{name}" for name in LAUNCHED},
+    "backends.triton.launch": {"backends.reference", *(f"backends.triton.{name}" for name in LAUNCHED)},
+    "backends.triton.self_check": {
+        "backends.reference",
+        *(f"backends.triton.{name}" for name in ("arguments", "compare", "plan", "readable", "rows", "targets")),
+    },
+    "backends.triton.compare": {"backends.reference"},
     "backends.triton.arguments": {"backends.triton.rows"},
     "backends.triton.plan": {"backends.triton.arguments", "backends.triton.rows"},
     "backends.triton.readable": set(),

@@ -12,6 +12,7 @@ from cases import CASES, EVERYTHING, Case, ignore, ramp
 from conftest import Backend
 from judge import check, check_grad, expected_grad, expected_of
 
+from fused_ce import __main__ as main
 from fused_ce import cross_entropy
 from fused_ce.backends import dispatch
 from fused_ce.backends.triton import launch, self_check
@@ -238,3 +239,16 @@ def test_never_in_a_capture(backend: Backend, monkeypatch: pytest.MonkeyPatch) -
     launch.forward(CALLS[0].build(backend.device), "loss")
     assert not self_check.PASSED
     assert not self_check.DECLINED
+
+
+@only_triton
+def test_the_program_lists_what_was_found(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(main.first_launches()) == []
+    launch.forward(CALLS[1].build(backend.device), "fused")
+    title, line = main.first_launches()
+    assert title.startswith("Triton kernels at their first launch")
+    assert line.startswith(f"  agrees: forward {self_check.PASSED[0].device} bfloat16 int64")
+    make_wrong(monkeypatch, "forward", "loss")
+    with pytest.warns(RuntimeWarning, match="Please report this"):
+        launch.forward(CALLS[0].build(backend.device), "loss")
+    assert list(main.first_launches())[-1].startswith("  differs: forward")
