@@ -14,7 +14,7 @@ from judge import check, check_grad, expected_of
 from torch import Tensor
 
 from fused_ce import check_targets, cross_entropy
-from fused_ce.backends.triton import launch
+from fused_ce.backends.triton import launch, self_check
 from fused_ce.contract import Upstream
 
 if not torch.cuda.is_available():
@@ -229,3 +229,13 @@ def test_more_logits_than_an_int32_counts(C: int, elements: int) -> None:
         alone = x.detach()[rows].clone().requires_grad_()
         assert same(both(alone, y[rows], 1 / 3, reduction="none"), (losses[rows], grad[rows]))
         assert same(both(alone, y[rows], 1 / 3, reduction="sum", grad_scale=1 / 3)[1:], (fused[rows],))
+
+
+def test_first_launches_agreed() -> None:
+    for dtype in DTYPES:
+        for C in CLASSES:
+            both(*make(64, C, dtype))
+            both(*make(64, C, dtype), reduction="none")
+    assert not self_check.DECLINED
+    if self_check.SETTING != "0" and torch.cuda.get_device_name() not in self_check.REPORTED:
+        assert {variant.key[0] for variant in self_check.PASSED} >= {"forward", "backward"}
