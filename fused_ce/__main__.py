@@ -16,6 +16,7 @@ from torch import Tensor
 from . import __version__, cross_entropy, missing
 from .backends import dispatch
 from .backends.cpu import _C
+from .backends.triton import self_check as first_look
 from .contract import Call
 from .options import Options
 
@@ -63,7 +64,7 @@ def installed() -> Iterator[str]:
         compiler = f", by {_C.compiler}" if hasattr(_C, "compiler") else ""
         yield f"  C++ kernels  instruction set {_C.isa()}, of {', '.join(_C.isa_names())} (FUSED_CE_ISA forces one)"
         yield f"               {'with' if _C.openmp else 'without'} OpenMP{compiler}"
-    for variable in ("FUSED_CE_ISA", "FUSED_CE_BACKEND", "TRITON_INTERPRET"):
+    for variable in ("FUSED_CE_ISA", "FUSED_CE_BACKEND", "FUSED_CE_SELF_CHECK", "TRITON_INTERPRET"):
         if variable in os.environ:
             yield f"  environment  {variable}={os.environ[variable]}"
 
@@ -119,12 +120,21 @@ def self_check() -> Iterator[str]:
         yield row
     if chosen_isa:
         _C.set_isa(chosen_isa)
+    yield from first_launches()
     if failed:
         yield f"FAIL: {', '.join(failed)}. Please report this output."
     elif _C is None:
         yield f"FAIL: {missing.reason()}."
     else:
         yield "pass"
+
+
+def first_launches() -> Iterator[str]:
+    """Which Triton kernels agreed with torch when they were first launched, here and just now."""
+    found = list(first_look.report())
+    if found:
+        yield "Triton kernels at their first launch, against torch (FUSED_CE_SELF_CHECK=0 turns it off)"
+        yield from (f"  {line}" for line in found)
 
 
 def variants() -> Iterator[Variant]:

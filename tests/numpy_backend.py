@@ -59,7 +59,7 @@ def backward(
     call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
 ) -> Gradients:
     if grad is not None or saved is None:
-        return Gradients(rescale(grad, call.options, upstream.loss, keep))
+        return Gradients(rescale(grad, call.target, call.options, upstream.loss, keep, False))
     x, y, counted = _rows(call)
     rows, (m, lse_m) = np.arange(len(x)), saved.numpy().T
     dz = np.exp((x - m[:, None]) - lse_m[:, None])
@@ -72,7 +72,7 @@ def backward(
     return Gradients(torch.from_numpy(dx).to(call.input.dtype))
 
 
-def rescale(grad: Tensor, options: Options, upstream: Tensor, keep: bool) -> Tensor:
+def rescale(grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool) -> Tensor:
     return (grad.double() * (upstream.double() / (1.0 if options.grad_scale is None else options.grad_scale))).to(
         grad.dtype
     )

@@ -149,7 +149,7 @@ def test_rescaling_without_the_logits(backend: Backend, dtype: torch.dtype, upst
     given = UPSTREAM[upstream](upstream_like(call, 1.0))
     grad = backend.module.forward(call, "fused").grad
     for keep in (True, False):
-        result = backend.module.rescale(grad, call.options, given, keep)
+        result = backend.module.rescale(grad, call.target, call.options, given, keep, False)
         check_grad(result, call, expected_grad(given, call), roundings=2)
 
 

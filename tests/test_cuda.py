@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ from cases import Case, ignore, ramp, rows_apart
 from judge import check, check_grad, expected_of
 from torch import Tensor
 
-from fused_ce import cross_entropy
-from fused_ce.backends.triton import launch
+from fused_ce import check_targets, cross_entropy
+from fused_ce.backends.triton import launch, self_check
 from fused_ce.contract import Upstream
 
 if not torch.cuda.is_available():
@@ -134,6 +135,58 @@ def test_another_stream(C: int, dtype: torch.dtype) -> None:
     assert same(got, expected)
 
 
+def test_targets_met_on_another_stream() -> None:
+    with contextlib.suppress(IndexError):
+        check_targets()  # what other tests left
+    x, y = make(4096, 50257, torch.bfloat16)
+    y[7] = 50257
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(10):
+            both(x, y)
+    with pytest.raises(IndexError, match=r"^Target 50257 is out of bounds\.$"):
+        check_targets()
+    check_targets()
+
+
+def test_targets_met_by_a_graph() -> None:
+    x, y = make(64, 1000, torch.bfloat16)
+    both(x, y)
+    with contextlib.suppress(IndexError):
+        check_targets()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both(x, y)
+    y[3] = 1000
+    graph.replay()
+    y[3] = 0
+    graph.replay()  # forgets nothing
+    with pytest.raises(IndexError, match=r"^Target 1000 is out of bounds\.$"):
+        check_targets()
+    graph.replay()
+    check_targets()
+
+
+@pytest.mark.parametrize("name", ["num_items", "grad_scale"])
+def test_a_number_on_the_cpu_neither_waits_nor_breaks_a_capture(name: str) -> None:
+    x, y = make(64, 1000, torch.float32)
+    wanted = both(x, y, **{name: 3.0})
+    given = {name: torch.tensor(3.0)}
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = both(x, y, **given)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert same(got, wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(x, y, **given)
+    graph.replay()
+    assert same(captured, wanted)
+
+
 @dtypes
 @pytest.mark.parametrize("C", [1000, 50257, 128256])
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3])
@@ -176,3 +229,13 @@ def test_more_logits_than_an_int32_counts(C: int, elements: int) -> None:
         alone = x.detach()[rows].clone().requires_grad_()
         assert same(both(alone, y[rows], 1 / 3, reduction="none"), (losses[rows], grad[rows]))
         assert same(both(alone, y[rows], 1 / 3, reduction="sum", grad_scale=1 / 3)[1:], (fused[rows],))
+
+
+def test_first_launches_agreed() -> None:
+    for dtype in DTYPES:
+        for C in CLASSES:
+            both(*make(64, C, dtype))
+            both(*make(64, C, dtype), reduction="none")
+    assert not self_check.DECLINED
+    if self_check.SETTING != "0" and torch.cuda.get_device_name() not in self_check.REPORTED:
+        assert {variant.key[0] for variant in self_check.PASSED} >= {"forward", "backward"}

@@ -127,7 +127,7 @@ def test_fewer_programs_to_rescale(backend: Backend, keep: bool, monkeypatch: py
     launch_fewer(monkeypatch, "rescale_grad")
     grad = torch.randn(4 * 4096 + 5, device=backend.device)  # five blocks for three programs
     wanted = grad * 3
-    assert torch.equal(launch.rescale(grad, Options(), grad.new_tensor(3.0), keep), wanted)
+    assert torch.equal(launch.rescale(grad, torch.zeros(1), Options(), grad.new_tensor(3.0), keep, False), wanted)
 
 
 WALKED = planning.Plan(1, 32, 0, 4, 1, 1)  # all rows by one program
@@ -264,6 +264,52 @@ def test_the_first_of_equal_logits(backend: Backend, path: str, monkeypatch: pyt
     take(path, monkeypatch)
     case = Case("equal", N=2, C=75, logits=lambda x, y: (x * 0).index_fill(1, torch.tensor([40, 45, 72]), 1.0))
     assert launch.forward(with_stats(case.build(backend.device)), "loss").stats.argmax.tolist() == [40, 40]
+
+
+NANS = {  # where a row's NaN stand, C = 75
+    "first": [0],
+    "last": [74],
+    "in-two-tiles": [40, 72],
+    "in-one-lane": [5, 37, 69],
+    "in-two-lanes": [38, 69],
+    "everywhere": [*range(75)],
+    "last-tile": [*range(64, 75)],
+    "none": [],
+}
+TILES = {
+    **{path: None for path in PATHS},
+    "rows-walked": planning.Plan(4, 16, 0, 4, 1, 2),
+    "rows-held": planning.Plan(4, 32, 3, 4, 1, planning.MANY),
+}
+
+
+@only_triton
+@pytest.mark.parametrize("probs", [None, torch.float32], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("tiles", TILES)
+def test_the_first_nan_is_the_largest(
+    backend: Backend, tiles: str, probs: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if TILES[tiles]:
+        monkeypatch.setattr(planning, "plan", lambda *_: TILES[tiles])
+    else:
+        take(tiles, monkeypatch)
+
+    def logits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for row, at in enumerate(NANS.values()):
+            x[row, at] = torch.nan
+        x[0, 1:] = -torch.inf
+        x[1, :74] = -torch.inf
+        x[2, 41], x[4, 4] = torch.inf, torch.inf  # above all but NaN
+        return x
+
+    call = with_stats(Case("nan", N=len(NANS), C=75, probs=probs, logits=logits).build(backend.device))
+    for schedule in ("loss", "fused"):
+        loss, grad, _, stats = launch.forward(call._replace(options=call.options._replace(reduction="sum")), schedule)
+        assert stats.argmax.tolist() == call.input.argmax(1).tolist()
+        assert loss.isnan()
+        assert stats.lse.isnan().tolist() == stats.entropy.isnan().tolist() == [bool(at) for at in NANS.values()]
+        if grad is not None:
+            assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == [bool(at) for at in NANS.values()]
 
 
 @only_triton

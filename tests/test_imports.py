@@ -16,7 +16,7 @@ import pytest
 import fused_ce
 
 PACKAGE = Path(fused_ce.__file__).parent
-LAUNCHED = ("arguments", "backward", "forward", "plan", "reduce", "rows")
+LAUNCHED = ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "self_check", "targets")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
     "__init__": {"backends.triton.launch", "functional", "missing", "module"},
@@ -36,10 +36,17 @@ ARROWS = {
     "backends.reference": {"operators"},
     "backends.cpu": {"_C", "_torch", "operators"},
     "backends.triton.__init__": set(),
-    "backends.triton.launch": {f"backends.triton.{name}" for name in LAUNCHED},
+    "backends.triton.launch": {"backends.reference", *(f"backends.triton.{name}" for name in LAUNCHED)},
+    "backends.triton.self_check": {
+        "backends.reference",
+        *(f"backends.triton.{name}" for name in ("arguments", "compare", "plan", "readable", "rows", "targets")),
+    },
+    "backends.triton.compare": {"backends.reference"},
     "backends.triton.arguments": {"backends.triton.rows"},
     "backends.triton.plan": {"backends.triton.arguments", "backends.triton.rows"},
+    "backends.triton.readable": set(),
     "backends.triton.rows": set(),
+    "backends.triton.targets": set(),
     "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "tiles")},
     "backends.triton.backward": {f"backends.triton.{name}" for name in ("formula", "tiles")},
     "backends.triton.reduce": {"backends.triton.tiles"},
@@ -146,9 +153,12 @@ def test_autograd_names_no_device() -> None:
     }
 
 
+ALLOWED = ("-W", "ignore:fused_ce.cross_entropy ran torch's own operators")
+
+
 def python(code: str) -> str:
     """What a fresh interpreter prints; warnings are errors there too."""
-    result = subprocess.run([sys.executable, "-W", "error", "-W", "ignore:fused_ce.cross_entropy ran", "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-W", "error", *ALLOWED, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 

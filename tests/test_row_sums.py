@@ -124,3 +124,16 @@ def test_nothing_joins_to_nothing(combine: Combine) -> None:
     assert joined.so.item() == 0
     assert joined.m.item() == -inf
     assert formula.minus_m(joined).isnan().all()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("probs", [False, True], ids=["index", "probs"])
+def test_a_part_with_nan_is_the_higher_one(probs: bool) -> None:
+    nan = torch.nan
+    m = [(nan, 1.0), (1.0, nan), (nan, nan), (-inf, nan), (nan, -inf), (inf, nan), (1.0, 2.0), (2.0, 2.0)]
+    a, b = (RowSums(*torch.zeros(8, len(m), dtype=torch.float64)) for _ in range(2))
+    a = a._replace(m=torch.tensor([one for one, _ in m]), argmax=torch.full((len(m),), 3))
+    b = b._replace(m=torch.tensor([other for _, other in m]), argmax=torch.full((len(m),), 7))
+    joined = by_triton(a, b, probs)
+    assert joined.m.isnan().tolist() == [True] * 6 + [False] * 2
+    assert joined.argmax.tolist() == [3, 7, 3, 7, 3, 7, 7, 3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -50,9 +52,18 @@ def backward(
     return Gradients(*operators.gradients(call, upstream.loss, upstream.lse, wants_target))
 
 
+@overload
+def rescale(
+    grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: Literal[False] = False
+) -> Tensor: ...
+@overload
 def rescale(
     grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool
+) -> Tensor | None: ...
+def rescale(
+    grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool = False
 ) -> Tensor | None:
+    """See `contract.Backend`."""
     if exactly:
         return None
     dx = grad.double() * (upstream.double() / (options.grad_scale or 1.0))

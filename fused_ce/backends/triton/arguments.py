@@ -29,7 +29,7 @@ class Shared(NamedTuple):
 
     norm: Tensor | None  # (2,), see `reduce.prepare`; None: no division
     expected: Tensor | None  # (), the upstream gradient that `Out.grad` is for; None: 1
-    bad: Tensor | None  # (1,), see `launch.check_targets`
+    bad: Tensor | None  # (1,), see `targets.flag`
     parts: Tensor | None  # (N, tiles, 8), the `RowSums` of rows that programs share
 
 

@@ -130,8 +130,11 @@ def put_back(part, lower, EXACT: tl.constexpr):  # (R, 1) each
 
 @triton.jit
 def combine(a, b, PROBS: tl.constexpr, EXACT: tl.constexpr):
-    """The sums of two parts of a row, the first before the second; PROBS: each left out a largest class of its own."""
-    higher, m = b.m > a.m, tl.maximum(a.m, b.m)
+    """The sums of two parts of a row, the first before the second; PROBS: each left out a largest class of its own.
+
+    As in torch's argmax, NaN is above every number, and of two the first is taken.
+    """
+    higher, m = ~(b.m <= a.m) & (a.m == a.m), tl.maximum(a.m, b.m, tl.PropagateNan.ALL)
     if PROBS:
         a, b = put_back(a, higher, EXACT), put_back(b, ~higher, EXACT)
     a, b = rescale(a, m, EXACT), rescale(b, m, EXACT)

@@ -136,6 +136,7 @@ def load_sums(
 
     Without PIECES it is one tile, which is read again for its gradient. Under probabilities the largest class is y, and
     z_y is finite(m): where no class is above -inf, none is left out (argmax -1, q_y 0), and `put_back` adds nothing.
+    Where argmax is wanted and a class is NaN, m is NaN and argmax the first such class.
     """
     logits, C = source.given.logits, options.C
     PIECES: tl.constexpr = TILING.PIECES
@@ -144,7 +145,7 @@ def load_sums(
     COUNT: tl.constexpr = PIECES if PIECES else 1
     EXACT: tl.constexpr = is_float32(logits.ptr.dtype)
     nothing = tl.zeros_like(y + lanes).to(q_y.dtype)
-    tiles, highest, at = (), nothing + float("-inf"), nothing.to(tl.int32) - 1
+    tiles, highest, at = (), nothing + float("-inf"), nothing.to(tl.int32) + C
     for i in tl.static_range(COUNT):
         cols = lanes + (start + i * BLOCK)
         # Every class of the pieces before the last exists, so their loads need no mask.
@@ -153,13 +154,21 @@ def load_sums(
         x, z, q = load_tile(source, x_at, cols, col_mask, options, TRAITS.DENSE, TILING.ALIGN, KEEP)
         tiles += ((x, z, q),)  # type: ignore[assignment]
         if TRAITS.PROBS or TRAITS.STATS:
-            at = tl.where(z > highest, cols, at)
-        highest = tl.maximum(highest, z)
-    m = tl.max(highest, -1, keep_dims=True)
+            at = tl.where(~(z <= highest) & (highest == highest), cols, at)
+            highest = tl.maximum(highest, z, tl.PropagateNan.ALL)
+        else:
+            highest = tl.maximum(highest, z)
     argmax = tl.zeros_like(y) - 1
     if TRAITS.PROBS or TRAITS.STATS:
-        argmax = tl.min(tl.where(highest == m, at, C), -1, keep_dims=True)
-        argmax = tl.where(argmax < C, argmax, -1)  # NaN equals nothing
+        # Lanes that hold NaN count from -C on: one reduction finds the first of them, or else of the largest.
+        is_nan = highest != highest
+        highest = tl.where(is_nan, float("-inf"), highest)
+        m = tl.max(highest, -1, keep_dims=True)
+        argmax = tl.min(tl.where(is_nan, at - C, tl.where(highest == m, at, C)), -1, keep_dims=True)
+        m = tl.where(argmax < 0, float("nan"), m)
+        argmax = tl.where(argmax < 0, argmax + C, tl.where(argmax < C, argmax, -1))
+    else:
+        m = tl.max(highest, -1, keep_dims=True)
     if TRAITS.PROBS:
         y, z_y = argmax, finite(m)
         q_lanes = nothing

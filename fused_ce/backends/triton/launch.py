@@ -1,6 +1,7 @@
 """Backend "triton": launches the kernels on CUDA tensors (and, under TRITON_INTERPRET=1, on CPU tensors).
 
-Nothing here waits for the device: every number that decides something is read by a kernel.
+Nothing here waits for the device, but for the first look at a kernel (`self_check`): every number that decides
+something is read by a kernel.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from ...contract import Call, Forward, Gradients, RowSums, Schedule, Stats, Upstream
 from ...options import FLOATS, Options
+from .. import reference
+from . import self_check
 from .arguments import Given, Grads, Out, Received, Shared
-from .plan import cut
+from .plan import Cut, cut
+from .readable import host, number, packed, readable
 from .rows import NOTHING, Matrix, matrices, rows
+from .targets import check_targets as check_targets
+from .targets import flag
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 CHUNK = 32768  # rows one program sums; more rows take a second launch
 SUMS = {"CHUNK": CHUNK, "BLOCK": 4096, "num_warps": 8}
-_BAD: dict[torch.device, Tensor] = {}
 
 
 def unsupported(call: Call) -> list[str]:
@@ -36,6 +41,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("no CUDA device was found")
     elif input.device.type not in ("cpu", "cuda"):
         reasons.append(f"triton takes CUDA tensors, got {input.device.type}")
+    if self_check.declines(input.device):
+        reasons.append(f"its kernels did not agree with torch on this device ({self_check.DECLINED[input.device]})")
     if not INSTALLED:
         reasons.append("triton is not installed (pip install triton)")
     if any(t.device != input.device for t in (target, weight) if t is not None):
@@ -68,6 +75,11 @@ def saved_shape(call: Call) -> tuple[int, ...]:
 
 def forward(call: Call, schedule: Schedule) -> Forward:
     """See `contract.Backend`; a fused gradient of 32 bits or more saves nothing, unless lse may get a gradient."""
+    return _forward(call, schedule, None)[0]
+
+
+def _forward(call: Call, schedule: Schedule, like: Cut | None) -> tuple[Forward, Tensor]:
+    """The result, and the losses of the rows; by the variant of `like`, for `self_check`, without a look at it."""
     input, target, _, options = call
     shape, acc, dtype = call.row_shape, call.acc, options.dtype or input.dtype
     none, fused = options.reduction == "none", schedule == "fused"
@@ -83,6 +95,11 @@ def forward(call: Call, schedule: Schedule) -> Forward:
     if loss.numel():
         sizes, views = matrices(input, target if call.has_probs else None, grad)
         plan = cut(call, sizes, views, held=True)
+        if like is not None:
+            plan = plan.as_in(like)
+        elif variant := self_check.unsettled("forward", call, plan, views, schedule):
+            if not self_check.forward_is_right(variant, call, schedule, lambda few: _forward(few, schedule, plan)):
+                return self_check.forward_by_torch(call, schedule, saved), loss
         parts: Tensor | None = None
         grids: dict[int, tuple[int, ...]] = {0: (plan.programs,)}
         if plan.shares:
@@ -97,8 +114,8 @@ def forward(call: Call, schedule: Schedule) -> Forward:
                 _given(call, sizes, views),
                 Shared(
                     norm,
-                    _number(options.grad_scale, dtype, input.device),
-                    None if call.has_probs else _bad(input.device),
+                    number(options.grad_scale, dtype, input.device),
+                    None if call.has_probs else flag(input.device),
                     parts,
                 ),
                 Out(loss, saved, stats, views[2] or NOTHING),
@@ -109,23 +126,53 @@ def forward(call: Call, schedule: Schedule) -> Forward:
                 TILING=plan.tiling._replace(STEP=step),
                 **plan.settings,
             )
+    losses = loss
     if not none:
         loss = _total(loss.view(-1), norm, loss.new_empty((), dtype=dtype))
-    return Forward(loss, grad, saved, stats)
+    return Forward(loss, grad, saved, stats), losses
 
 
 def backward(
     call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
 ) -> Gradients:
     """The gradients: recomputed, or the fused one made right if the upstream gradient is not grad_scale."""
+    return _backward(call, grad, saved, upstream, keep, wants_target, None)
+
+
+def _backward(
+    call: Call,
+    grad: Tensor | None,
+    saved: Tensor | None,
+    upstream: Upstream,
+    keep: bool,
+    wants_target: bool,
+    like: Cut | None,  # as in `_forward`
+) -> Gradients:
     input, target, _, options = call
+    if self_check.declines(input.device):
+        return self_check.backward_by_torch(call, grad, upstream, keep, wants_target)
+    upstream = Upstream(readable(upstream.loss), None if upstream.lse is None else readable(upstream.lse))
+    if grad is not None and grad.itemsize > 2 and upstream.lse is None:
+        rescaled = rescale(grad, target, options, upstream.loss, keep, exactly=True)
+        assert rescaled is not None
+        return Gradients(rescaled)
     assert saved is not None
-    spare = None if keep else grad
+    saved = readable(saved)
+    spare = None if keep or grad is None else readable(grad)
     dx = spare if spare is not None else input if options.inplace else input.new_empty(input.shape)
     dt = target.new_empty(target.shape) if wants_target else None
     if input.numel():
         sizes, views = matrices(input, target if call.has_probs else None, dx, dt)
         plan = cut(call, sizes, views, held=False, again=spare is not None and upstream.lse is None)
+        if like is not None:
+            plan = plan.as_in(like)
+        elif variant := self_check.unsettled("backward", call, plan, views, upstream.loss.dtype, upstream.lse is None):
+
+            def run(few: Call, spare: Tensor | None, saved: Tensor, upstream: Upstream) -> Gradients:
+                return _backward(few, spare, saved, upstream, False, wants_target, plan)
+
+            if not self_check.backward_is_right(variant, call, spare, saved, upstream, wants_target, run):
+                return self_check.backward_by_torch(call, grad, upstream, keep, wants_target)
         programs = min(plan.groups, 2048)
         # In place, a row is one program's: another might overwrite x_y before it is read.
         pieces = 1 if options.inplace else min(-(-call.classes // plan.tiling.BLOCK), 2048 // programs)
@@ -138,7 +185,7 @@ def backward(
                 saved[-1, :2] if options.reduction == "mean" else None,
                 rows(upstream.loss),
                 None if upstream.lse is None else rows(upstream.lse),
-                _number(options.grad_scale, upstream.loss.dtype, input.device),
+                number(options.grad_scale, upstream.loss.dtype, input.device),
             ),
             Grads(views[2] or NOTHING, views[3] or NOTHING),
             plan.groups,
@@ -157,36 +204,24 @@ def rescale(
     """See `contract.Backend`; 16 bits need the logits, because nobody waits to see whether the upstream differs."""
     if exactly and grad.itemsize == 2:
         return None
-    out = torch.empty_like(grad) if keep else grad
-    n, expected = grad.numel(), _number(options.grad_scale, upstream.dtype, grad.device)
+    grad, upstream = readable(grad), readable(upstream)
+    expected = number(options.grad_scale, upstream.dtype, grad.device)
+
+    def run(grad: Tensor, upstream: Tensor) -> Tensor:
+        return _rescale(grad, upstream, expected, keep)
+
+    if not self_check.rescale_is_right(grad, upstream, expected, keep, run):
+        return reference.rescale(grad, target, options, upstream, keep)
+    return run(grad, upstream)
+
+
+def _rescale(grad: Tensor, upstream: Tensor, expected: Tensor | None, keep: bool) -> Tensor:
+    out, n = torch.empty_like(grad) if keep else grad, grad.numel()
     if n:
         programs = min(-(-n // 4096), 2048)
         meta = {"IN_PLACE": not keep, "BLOCK": 4096, "num_warps": 8}
         _launch("rescale_grad", (programs,), grad, upstream, expected, out, n, **meta)
     return out
-
-
-def check_targets() -> None:
-    """Raise for a class index out of range that a GPU has met since the last check; waits for the GPU.
-
-    On a GPU nothing else looks: such a row's loss and gradient are NaN.
-
-    Raises:
-        IndexError: with torch's message, for one of the targets.
-    """
-    for bad in _BAD.values():
-        value = int(bad)
-        bad.zero_()
-        if value:
-            raise IndexError(f"Target {value} is out of bounds.")
-
-
-def _bad(device: torch.device) -> Tensor:  # (1,)
-    """The last target of this device that was out of range, or 0, which no target can be."""
-    if device not in _BAD:
-        with torch.inference_mode(False):
-            _BAD.setdefault(device, torch.zeros(1, dtype=torch.int64, device=device))
-    return _BAD[device]
 
 
 def _norm(call: Call, saved: Tensor | None) -> Tensor | None:
@@ -199,9 +234,9 @@ def _norm(call: Call, saved: Tensor | None) -> Tensor | None:
         N, chunks = target.numel(), _chunks(target.numel())
         parts = norm if chunks == 1 else norm.new_empty((chunks, 2))
         labels, ignore_index = rows(target), options.ignore_index
-        _launch("prepare", (chunks,), labels, _packed(weight), parts, N, call.classes, ignore_index, **SUMS)
+        _launch("prepare", (chunks,), labels, packed(weight), parts, N, call.classes, ignore_index, **SUMS)
         return norm if chunks == 1 else _total(parts, None, norm)
-    norm[:] = math.prod(call.row_shape) if options.num_items is None else options.num_items
+    norm[:] = math.prod(call.row_shape) if options.num_items is None else host(options.num_items)
     return norm
 
 
@@ -220,23 +255,12 @@ def _given(call: Call, sizes: list[int], views: list[Matrix | None]) -> Given:
     logits, probs, *_ = views
     assert logits is not None
     outer = tuple(sizes[-2::-1]) or None
-    return Given(logits, probs or rows(call.target), _packed(call.weight), call.classes, outer)
+    return Given(logits, probs or rows(call.target), packed(call.weight), call.classes, outer)
 
 
 def _scalars(options: Options) -> tuple[Any, ...]:
     s = 1.0 if options.softcap is None else options.softcap
     return options.ignore_index, options.smoothing, options.logit_scale, s, options.lse_square_scale
-
-
-def _number(value: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:  # ()
-    """Where a kernel can read it, rounded as an upstream gradient of that dtype is; filled in, because a copy waits."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype)
-    return None if value is None else torch.full((), value, dtype=dtype, device=device)
-
-
-def _packed(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.contiguous()
 
 
 def _chunks(n: int) -> int:

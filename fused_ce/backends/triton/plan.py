@@ -48,6 +48,10 @@ class Cut(NamedTuple):
     shares: bool  # whether rows are so few that programs share them
     settings: dict[str, Any]  # of the launch
 
+    def as_in(self, other: Cut) -> Cut:
+        """This call by the kernel of another with the same strides, which has more rows."""
+        return other._replace(groups=self.groups, programs=min(self.groups, other.programs))
+
 
 def plan(C: int, dtype: torch.dtype, side: int, extra: int, held: bool, device: Device) -> Plan:
     """Pick the tile: many rows whole if they are short, one in registers if it fits, and the longest in steps.
