@@ -2,35 +2,59 @@
 // are too few to fill vectors: a group of rows is brought into scratch first, read once. Included inside a namespace,
 // once for each instruction set: nothing may be #included here.
 
-template <class F> struct RowGroup {
+// Classes are taken in chunks of MOST_KEPT. Almost every call has but one, which is read once and kept from the sums to
+// the gradient; of MANY each is read again, so that scratch stays small.
+// Loops work on copies of the members: a store to scratch might be one to a member, for all that the compiler knows.
+template <class F, bool MANY> struct RowGroup {
   TYPES(F);
   typedef decltype(I{}[0] + 0) Index;
   const Call& call;
   const Options o;
-  const int64_t first, C;  // the row of lane 0
-  const int n;             // rows in use
-  V* const z;              // (C) transformed logits; once kept, exp(z - m)
-  V* const dz_dx;          // (C) under a softcap
-  V* const q;              // (C) spread part of q, if DENSE
-  V* const low;            // (C) what z was rounded by, if it is not the logits
-  Pair<V> m = {};
+  const int64_t first, room;   // the row of lane 0; classes that there is room for
+  const int n;                 // rows in use
+  V* const z;                  // transformed logits of the chunk; once kept, exp(z - m)
+  V* const dz_dx;              // under a softcap
+  V* const q;                  // spread part of q, if DENSE
+  V* const low;                // what z was rounded by, if it is not the logits
+  int64_t begin = 0, end = 0;  // the chunk
+  Pair<V> m = {splat(-A(__builtin_inff())), V{}};
   RowSums<V> sums = {};         // their m and z_y are counted from m
+  V lost[4] = {};               // of so, q_others, q_drop, e_drop
+  V best = {};                  // the largest z so far
+  I largest = {};               // and its class
   I y = {}, counted = I{} - 1;  // counted: all bits set in rows that are not ignored
 
   INLINE RowGroup(const Call& call, int64_t first, int n, void* scratch)
       : call(call),
         o(call.options),
         first(first),
-        C(call.C),
+        room(call.C < MOST_KEPT ? call.C : MOST_KEPT),
         n(n),
         z(static_cast<V*>(scratch)),
-        dz_dx(z + C),
-        q(dz_dx + C),
-        low(q + C) {
+        dz_dx(z + room),
+        q(dz_dx + room),
+        low(q + room) {
     if (!call.probs) load_y();
+    load(MANY ? (call.C - 1) / MOST_KEPT * MOST_KEPT : 0);
+  }
+
+  // Work on each chunk, the last first, so that the one that is left after the sums is the first for the gradient.
+  template <class Work> INLINE void for_each_chunk(Work work) {
+    if constexpr (!MANY) return work();
+    for (int64_t from = (call.C - 1) / MOST_KEPT * MOST_KEPT; from >= 0; from -= MOST_KEPT) {
+      if (from != begin) load(from);
+      work();
+    }
+  }
+
+  INLINE int64_t start() const { return MANY ? begin : 0; }
+  INLINE int64_t count() const { return MANY ? end - begin : call.C; }
+
+  INLINE void load(int64_t from) {
+    begin = from, end = from + MOST_KEPT < call.C ? from + MOST_KEPT : call.C;
+    Pair<V> m = this->m;
     const bool capped = F::CHANGED && o.softcap > 0 && call.grad.data;
-    m.high = splat(-A(__builtin_inff()));
-    StridedRows<F>(call, call.input, first, n)
+    StridedRows<F>(call, call.input, first, n, begin, end)
         .read(reinterpret_cast<T*>(q), [&](int64_t c, V x_c) LAMBDA {  // q comes later
           const Pair<V> z_c = transform<F>(x_c, o);
           z[c] = z_c.high;
@@ -42,11 +66,14 @@ template <class F> struct RowGroup {
           m.high = max(z_c.high, m.high);
           if (capped) dz_dx[c] = transform_grad<F>(x_c, o);
         });
+    this->m = m;
     if constexpr (F::DENSE) load_q();
   }
 
-  INLINE V above_m(int64_t c) const { return F::CHANGED ? low[c] - m.low : V{}; }  // of what z and m were rounded by
-  INLINE V drop(int64_t c) const { return m.high - z[c] - above_m(c); }
+  INLINE Pair<V> z_of(int64_t i) const { return {z[i], F::CHANGED ? low[i] : V{}}; }
+  INLINE V exp_of_z(int64_t i, const Pair<V>& m) const {
+    return exp_minus<A>(z[i], m.high, F::CHANGED ? m.low - low[i] : V{});
+  }
 
   INLINE void load_y() {
     Index labels[F::lanes] = {}, counts[F::lanes] = {};
@@ -75,53 +102,63 @@ template <class F> struct RowGroup {
     A block[BLOCK];
     for (int i = 0; i < (call.probs ? n : 1); i++) {
       const int64_t offset = call.probs ? call.dims.offset(call.target, first + i) : 0;
-      for (int64_t begin = 0; begin < C; begin += BLOCK) {
-        const int64_t end = begin + BLOCK < C ? begin + BLOCK : C;
-        spread_q(block, call, offset, begin, end);
-        for (int64_t c = begin; c < end; c++)
-          if (call.probs) q[c][i] = block[c - begin];
-          else q[c] = splat(block[c - begin]);
+      for (int64_t from = begin; from < end; from += BLOCK) {
+        const int64_t to = from + BLOCK < end ? from + BLOCK : end;
+        spread_q(block, call, offset, from, to);
+        for (int64_t c = from; c < to; c++)
+          if (call.probs) q[c - begin][i] = block[c - from];
+          else q[c - begin] = splat(block[c - from]);
       }
     }
   }
 
-  I largest() const {
+  // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
+  void find_largest() {
     I at = {};
-    V best = z[0];
-    for (int64_t c = 1; c < C; c++) {
-      const auto larger = (z[c] > best) | ((z[c] != z[c]) & (best == best));  // a NaN counts as largest, as in torch
-      best = larger ? z[c] : best;
-      at = larger ? I{} + Index(c) : at;
+    V most = z[0];
+    for (int64_t i = 1; i < count(); i++) {
+      const auto larger = (z[i] > most) | ((z[i] != z[i]) & (most == most));
+      most = larger ? z[i] : most;
+      at = larger ? I{} + Index(i) : at;
     }
-    return at;
+    const auto takes = start() + count() == call.C ? I{} - 1 : (most >= best) | (most != most);
+    best = takes ? most : best;
+    largest = takes ? at + Index(start()) : largest;
   }
 
-  template <bool KEEP> INLINE void sum() {
+  // Adds the chunk's classes to the sums.
+  template <bool KEEP> INLINE void add_chunk() {
     const bool wants_stats = call.stats;
-    V so = {}, q_others = {}, q_drop = {}, e_drop = {}, lost[4] = {}, z_y = {}, q_y = {};
-    for (int64_t begin = 0; begin < C; begin += 2 * RUN) {
-      const int64_t end = begin + 2 * RUN < C ? begin + 2 * RUN : C;
+    const Pair<V> m = this->m;
+    const I y = this->y - Index(start());
+    RowSums<V> sums = this->sums;
+    V z_y = sums.z_y;
+    V lost[4] = {this->lost[0], this->lost[1], this->lost[2], this->lost[3]};
+    for (int64_t from = 0; from < count(); from += 2 * RUN) {
+      const int64_t to = from + 2 * RUN < count() ? from + 2 * RUN : count();
       LaneSums<F> part;
-      const auto take = [&](int64_t c, int turn) LAMBDA {
-        const auto is_y = y == Index(c);
-        const V e_c = exp_minus<A>(z[c], above_m(c), m.high), drop_c = drop(c);
-        z_y = is_y ? -drop_c : z_y;
+      const auto take = [&](int64_t i, int turn) LAMBDA {
+        const auto is_y = y == Index(i);
+        const V e_c = exp_of_z(i, m), rise = minus<F>(z_of(i), m);
+        z_y = is_y ? rise : z_y;
         V q_c = {};
         if constexpr (F::DENSE) {
-          q_y = is_y ? q[c] : q_y;
-          q_c = is_y ? V{} : q[c];
+          sums.q_y = is_y ? q[i] : sums.q_y;
+          q_c = is_y ? V{} : q[i];
         }
-        row_lse<F>(part, is_y ? V{} : e_c, q_c, [&]() LAMBDA { return is_y ? V{} : drop_c; }, turn, wants_stats);
-        if constexpr (KEEP) z[c] = e_c;
+        row_lse<F>(part, is_y ? V{} : e_c, q_c, [&]() LAMBDA { return is_y ? V{} : -rise; }, turn, wants_stats);
+        if constexpr (KEEP) z[i] = e_c;
       };
-      int64_t c = begin;
-      for (; c + 2 <= end; c += 2) take(c, 0), take(c + 1, 1);
-      if (c < end) take(c, 0);
-      add(so, lost[0], part.so[0] + part.so[1]);
-      if constexpr (F::DENSE) add(q_others, lost[1], part.q_others), add(q_drop, lost[2], part.q_drop);
-      if (wants_stats) add(e_drop, lost[3], part.e_drop);
+      int64_t i = from;
+      for (; i + 2 <= to; i += 2) take(i, 0), take(i + 1, 1);
+      if (i < to) take(i, 0);
+      add(sums.so, lost[0], part.so[0] + part.so[1]);
+      if constexpr (F::DENSE) add(sums.q_others, lost[1], part.q_others), add(sums.q_drop, lost[2], part.q_drop);
+      if (wants_stats) add(sums.e_drop, lost[3], part.e_drop);
     }
-    sums = {V{}, so + lost[0], z_y, q_y, q_others, q_drop, e_drop, splat(A(-1))};
+    sums.z_y = z_y;
+    this->sums = sums;
+    for (int i = 0; i < 4; i++) this->lost[i] = lost[i];
   }
 
   INLINE void read_saved() {
@@ -131,11 +168,15 @@ template <class F> struct RowGroup {
       sums.so[i] = A(saved.so), sums.q_others[i] = A(saved.q_others);
       if (call.probs) y[i] = Index(saved.y);
     }
-    for (int64_t c = 0; c < C; c++) {
-      const auto is_y = y == Index(c);
-      sums.z_y = is_y ? -drop(c) : sums.z_y;
-      if constexpr (F::DENSE) sums.q_y = is_y ? q[c] : sums.q_y;
-    }
+    const Pair<V> of_row = m;
+    for_each_chunk([&]() LAMBDA {
+      m = of_row;  // which loading a chunk has raised to what it holds, rounded
+      for (int64_t i = 0; i < count(); i++) {
+        const auto is_y = y == Index(start() + i);
+        sums.z_y = is_y ? minus<F>(z_of(i), of_row) : sums.z_y;
+        if constexpr (F::DENSE) sums.q_y = is_y ? q[i] : sums.q_y;
+      }
+    });
   }
 
   // Class indices have a share of q of their own, beside the spread part.
@@ -159,13 +200,15 @@ template <class F> struct RowGroup {
     const bool capped = F::CHANGED && o.softcap > 0;
     const V k = capped ? splat(A(1)) : splat(A(o.logit_scale));
     const V p_scale = k * factors.p_scale, scale = k * factors.scale, dz_y = k * factors.dz_y;
-    StridedRows<F>(call, call.grad, first, n)
-        .write(reinterpret_cast<T*>(q), [&](int64_t c) LAMBDA {  // never ahead of q
-          V e_c = KEPT ? z[c] : exp_minus<A>(z[c], above_m(c), m.high), q_c = {};
-          if constexpr (F::DENSE) q_c = q[c];
+    const Pair<V> m = this->m;
+    const I y = this->y - Index(start()), counted = this->counted;
+    StridedRows<F>(call, call.grad, first, n, begin, end)
+        .write(reinterpret_cast<T*>(q), [&](int64_t i) LAMBDA {  // never ahead of q
+          V e_c = KEPT ? z[i] : exp_of_z(i, m), q_c = {};
+          if constexpr (F::DENSE) q_c = q[i];
           V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
-          dx_c = y == Index(c) ? dz_y : dx_c;
-          if (capped) dx_c *= dz_dx[c];
+          dx_c = y == Index(i) ? dz_y : dx_c;
+          if (capped) dx_c *= dz_dx[i];
           return counted ? dx_c : V{};
         });
   }
@@ -176,12 +219,12 @@ template <class F> struct RowGroup {
     A dt[BLOCK];
     for (int i = 0; i < n; i++) {
       const int64_t offset = call.dims.offset(call.d_target, first + i);
-      for (int64_t begin = 0; begin < C; begin += BLOCK) {
-        const int64_t end = begin + BLOCK < C ? begin + BLOCK : C;
-        for (int64_t c = begin; c < end; c++)
-          dt[c - begin] = target_grad(drop(c)[i], row.lse_m[i], share[i] * (w ? w[c] : A(1)));
-        write_elements(call.d_target.data, call.d_target.dtype, offset + begin * call.d_target.class_stride,
-                       call.d_target.class_stride, dt, end - begin);
+      for (int64_t from = begin; from < end; from += BLOCK) {
+        const int64_t to = from + BLOCK < end ? from + BLOCK : end;
+        for (int64_t c = from; c < to; c++)
+          dt[c - from] = target_grad(-minus<F>(z_of(c - begin), m)[i], row.lse_m[i], share[i] * (w ? w[c] : A(1)));
+        write_elements(call.d_target.data, call.d_target.dtype, offset + from * call.d_target.class_stride,
+                       call.d_target.class_stride, dt, to - from);
       }
     }
   }
@@ -195,35 +238,45 @@ template <class F> struct RowGroup {
   }
 };
 
-template <class F, bool KEEP> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
+template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   TYPES(F);
   const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
   for (int64_t first = begin; first < end; first += F::lanes) {
     const int n = end - first < F::lanes ? int(end - first) : F::lanes;
-    RowGroup<F> group(call, first, n, scratch);
-    I argmax = {};
-    if (call.loss && (call.probs || call.stats)) argmax = group.largest();
-    if (call.loss && call.probs) group.y = argmax;
-    if (call.loss) group.template sum<KEEP>();
-    else group.read_saved();
+    RowGroup<F, MANY> group(call, first, n, scratch);
+    if (call.loss) {
+      const bool ranks = call.probs || call.stats;
+      group.for_each_chunk([&]() LAMBDA {
+        if (ranks) group.find_largest();
+      });
+      if (call.probs) group.y = group.largest;
+      group.for_each_chunk([&]() LAMBDA { group.template add_chunk<KEEP>(); });
+      group.sums.so += group.lost[0];
+    } else {
+      group.read_saved();
+    }
     group.add_own_q();
     const RowTerms<V, A> row(group.sums, group.m.high + group.m.low);
     if (call.loss) group.write_rows(row);
-    if (call.stats) group.write_stats(row, argmax);
+    if (call.stats) group.write_stats(row, group.largest);
     if (!call.grad.data && !call.d_target.data) continue;
     V scale = splat(A(call.scale)), of_lse = {};
     if (upstream)
       for (int i = 0; i < n; i++) scale[i] = A(call.scale * double(upstream[first + i]));
     if (g_lse) of_lse = load_first(g_lse + first, n);
-    if (call.d_target.data) group.write_target_grad(row, scale);
-    if (call.grad.data) group.template write_grad<KEEP>(GradFactors<V, A>(row, call, scale, of_lse));
+    const GradFactors<V, A> factors(row, call, scale, of_lse);
+    group.for_each_chunk([&]() LAMBDA {
+      if (call.d_target.data) group.write_target_grad(row, scale);
+      if (call.grad.data) group.template write_grad<KEEP>(factors);
+    });
   }
 }
 
 template <class F> void traits_rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {
   if (!call.across) along_rows<F>(call, begin, end, scratch, team);
-  else if (call.loss && call.grad.data) across_rows<F, true>(call, begin, end, scratch);
-  else across_rows<F, false>(call, begin, end, scratch);
+  else if (call.C > MOST_KEPT) across_rows<F, false, true>(call, begin, end, scratch);
+  else if (call.loss && call.grad.data) across_rows<F, true, false>(call, begin, end, scratch);
+  else across_rows<F, false, false>(call, begin, end, scratch);
 }
 
 template <class T> void rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {

@@ -85,7 +85,7 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
   const int64_t y = row.y;
   const double m = transform_ordered<F>(block_largest<F>(x, begin, end, o, nullptr), o), top = finite(m);
   const Shifted<A> shifted{A(top)};
-  const A high = A(top), low = A(top - double(high));
+  const Pair<V> of_top = {splat(A(top)), splat(A(top - double(A(top))))};
   V total[4] = {}, lost[4] = {};  // of so, q_others, q_drop, e_drop
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
@@ -104,11 +104,11 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
         z = lane_is<I>(y - c) ? splat(-inf) : z;
       }
       const V e_c = shifted.exp(z, z_c.low);
-      const auto drop = [&]() LAMBDA {
-        const V below = keep_first<A>(high - z_c.high + (low - z_c.low), n, A(0));
+      const auto drop_c = [&]() LAMBDA {
+        const V below = keep_first<A>(-minus<F>(z_c, of_top), n, A(0));
         return holds_y ? (lane_is<I>(y - c) ? V{} : below) : below;
       };
-      row_lse<F>(sums, e_c, q_c, drop, turn, wants_stats);
+      row_lse<F>(sums, e_c, q_c, drop_c, turn, wants_stats);
       if constexpr (KEEP) {
         if (n == F::lanes) store(kept + c, e_c);
         else store_first(kept + c, e_c, n);
@@ -162,12 +162,12 @@ void block_target_grad(const AlongRow<F>& row, const RowTerms<double, double>& t
                        int64_t begin, int64_t end) {
   TYPES(F);
   const A* w = static_cast<const A*>(call.weight);
-  const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(terms.lse_m), high = A(terms.sums.m),
-          low = A(terms.sums.m - double(high));
+  const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(terms.lse_m), high = A(terms.sums.m);
+  const Pair<V> m = {splat(high), splat(A(terms.sums.m - double(high)))};
   A dt[BLOCK];
   for_each_vector<F>(row.x, begin, end, [&](V x_c, int64_t c, int n, int) LAMBDA {
     const Pair<V> z_c = transform<F>(x_c, call.options);
-    V result = target_grad(high - z_c.high + (low - z_c.low), lse_m, share);
+    V result = target_grad(-minus<F>(z_c, m), lse_m, share);
     if (w) result *= n == F::lanes ? load(w + c) : load_first(w + c, n);
     store_first(dt + c - begin, result, n);
   });
@@ -222,7 +222,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     }
     // Where dx has room for acc and x is not needed again, the exponentials wait in it for their factor.
     const bool in_dx = sizeof(T) == sizeof(A) && !(F::CHANGED && call.options.softcap > 0);
-    const bool keep = call.loss && row.dx;
+    const bool keep = call.loss && row.dx && (in_dx || C < MOST_ALONG);
     A* const kept = in_dx ? reinterpret_cast<A*>(row.dx) : spare;
     team.wait();
     if (call.loss)

@@ -16,26 +16,53 @@ constexpr int64_t KEEP_GIL = 4096;
 [[noreturn]] void refuse(const std::string& message) { throw py::value_error(message); }
 
 // Python's own functions: pybind11's casts, a dozen a call, would take longer than a small kernel.
-int64_t number(const py::tuple& numbers, int64_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(numbers.ptr(), i)); }
-py::tuple part(const py::tuple& fields, int64_t i) {
-  return py::reinterpret_borrow<py::tuple>(PyTuple_GET_ITEM(fields.ptr(), i));
+PyObject* item(const py::tuple& fields, int64_t i) {
+  if (!PyTuple_Check(fields.ptr()) || i >= PyTuple_GET_SIZE(fields.ptr()))
+    refuse("expected a tuple with an item " + std::to_string(i) + "; see _C.pyi");
+  return PyTuple_GET_ITEM(fields.ptr(), i);
+}
+int64_t number(const py::tuple& numbers, int64_t i) {
+  const int64_t value = PyLong_AsLongLong(item(numbers, i));
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+double real(const py::tuple& numbers, int64_t i) {
+  const double value = PyFloat_AsDouble(item(numbers, i));
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+void* address(const py::tuple& addresses, int64_t i) {
+  void* const value = PyLong_AsVoidPtr(item(addresses, i));
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+py::tuple part(const py::tuple& fields, int64_t i) { return py::reinterpret_borrow<py::tuple>(item(fields, i)); }
+
+DType dtype_of(const py::tuple& fields, int64_t i, DType last) {
+  const int64_t code = number(fields, i);
+  if (code < 0 || code > int64_t(last))
+    refuse("expected a dtype from 0 to " + std::to_string(int(last)) + ", got " + std::to_string(code));
+  return DType(code);
 }
 
 // (pointer, dtype code, sizes, strides) with the class dimension at `class_dim`, or without one (-1); or None.
-View view(const py::object& tensor, int class_dim, const Call& call) {
+View view(const py::object& tensor, int row_dims, int class_dim, DType last, const Call& call) {
   View result{};
   if (tensor.is_none()) return result;
   const auto fields = py::reinterpret_borrow<py::tuple>(tensor);
   const auto sizes = part(fields, 2), strides = part(fields, 3);
-  result.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(fields.ptr(), 0));
-  result.dtype = DType(number(fields, 1));
+  result.data = address(fields, 0);
+  if (!result.data && call.rows > 0) refuse("expected the address of a tensor's elements, got 0");
+  result.dtype = dtype_of(fields, 1, last);
   int d = 0;
+  if (!PyTuple_Check(strides.ptr())) refuse("expected strides as a tuple");
   for (int i = 0; i < int(PyTuple_GET_SIZE(strides.ptr())); i++) {
     const bool is_class = i == class_dim;
-    if (d >= MAX_DIMS || number(sizes, i) != (is_class ? call.C : call.dims.sizes[d]))
+    if ((!is_class && d >= row_dims) || number(sizes, i) != (is_class ? call.C : call.dims.sizes[d]))
       refuse("sizes of input and target differ");
     (is_class ? result.class_stride : result.strides[d++]) = number(strides, i);
   }
+  if (d != row_dims) refuse("dimensions of input and target differ");
   return result;
 }
 
@@ -56,23 +83,20 @@ void merge_dims(Call& call) {
   dims.rank = kept + 1;
 }
 
-double real(const py::tuple& numbers, int64_t i) { return PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), i)); }
-
 // The first five fields of options.Options, in its order. torch reads a smoothing that is not above zero as none.
 Options options_of(const py::tuple& fields) {
   const double e = real(fields, 1);
-  const bool capped = PyTuple_GET_ITEM(fields.ptr(), 3) != Py_None;
+  const bool capped = item(fields, 3) != Py_None;
   return {number(fields, 0), e > 0 ? e : 0, real(fields, 2), capped ? real(fields, 3) : 0, real(fields, 4)};
 }
 
 Reduction reduction_of(const py::tuple& options) {
-  PyObject* const name = PyTuple_GET_ITEM(options.ptr(), 5);
+  PyObject* const name = item(options, 5);
+  if (!PyUnicode_Check(name)) refuse("expected the name of a reduction");
   if (PyUnicode_CompareWithASCIIString(name, "mean") == 0) return Reduction::mean;
-  return PyUnicode_CompareWithASCIIString(name, "sum") == 0 ? Reduction::sum : Reduction::none;
-}
-
-uintptr_t address(const py::tuple& addresses, int64_t i) {
-  return reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(PyTuple_GET_ITEM(addresses.ptr(), i)));
+  if (PyUnicode_CompareWithASCIIString(name, "sum") == 0) return Reduction::sum;
+  if (PyUnicode_CompareWithASCIIString(name, "none") == 0) return Reduction::none;
+  refuse("reduction must be none, mean or sum");
 }
 
 // given: (input, target, address of the weight or 0)
@@ -88,26 +112,29 @@ Call make_call(const py::tuple& given, const py::tuple& options, const py::objec
   call.dims.rank = 0;
   for (int i = 0; i < dim; i++) {
     if (i == class_dim) continue;
-    call.dims.sizes[call.dims.rank++] = number(sizes, i);
-    call.rows *= number(sizes, i);
+    const int64_t size = number(sizes, i);
+    if (size < 0) refuse("expected sizes from 0 on, got " + std::to_string(size));
+    call.dims.sizes[call.dims.rank++] = size;
+    call.rows *= size;
   }
   if (call.dims.rank == 0) call.dims.sizes[call.dims.rank++] = 1;
   if (call.C < 1) refuse("expected at least one class, got " + std::to_string(call.C));
-  call.input = view(input, class_dim, call);
-  call.probs = DType(number(target, 1)) < DType::int64;
-  call.target = view(target, call.probs ? class_dim : -1, call);
-  call.grad = view(grad, class_dim, call);
-  call.d_target = view(d_target, class_dim, call);
+  call.input = view(input, dim - 1, class_dim, DType::float16, call);
+  call.probs = dtype_of(target, 1, DType::uint8) < DType::int64;
+  call.target = view(target, dim - 1, call.probs ? class_dim : -1, DType::uint8, call);
+  call.grad = view(grad, dim - 1, class_dim, call.input.dtype, call);
+  if (call.grad.data && call.grad.dtype != call.input.dtype) refuse("expected a gradient of the input's dtype");
+  call.d_target = view(d_target, dim - 1, class_dim, call.target.dtype, call);
   call.across = lanes_across_rows(call.C, call.input.class_stride, call.dims.rank);
   if (call.rows > 0) merge_dims(call);
-  call.weight = reinterpret_cast<void*>(address(given, 2));
+  call.weight = address(given, 2);
   call.options = options_of(options);
-  if (PyErr_Occurred()) throw py::error_already_set();
   call.scale = 1;
   return call;
 }
 
-template <class Work> void run(const Call& call, Work work) {
+template <class Work> void run(const Call& call, int threads, Work work) {
+  if (threads < 1) refuse("expected at least one thread, got " + std::to_string(threads));
   Refusal refusal;
   if (call.rows * call.C < KEEP_GIL) {
     refusal = work();
@@ -125,23 +152,24 @@ void forward_py(const py::tuple& given, const py::tuple& options, double num_ite
   call.scale = scale;
   call.saved = reinterpret_cast<Saved*>(saved);
   call.stats = reinterpret_cast<Stats*>(stats);
-  void* const out = reinterpret_cast<void*>(address(loss, 0));
-  const DType dtype = DType(number(loss, 1));
+  void* const out = address(loss, 0);
+  const DType dtype = dtype_of(loss, 1, DType::float16);
   const Reduction reduction = reduction_of(options);
-  run(call, [&] { return forward(call, reduction, num_items, out, dtype, threads); });
+  if (!out && (call.rows > 0 || reduction != Reduction::none)) refuse("expected the address of the loss, got 0");
+  run(call, threads, [&] { return forward(call, reduction, num_items, out, dtype, threads); });
 }
 
 // upstream: (address of one for each row or 0, what multiplies them, address of those of lse or 0)
 void backward_py(const py::tuple& given, const py::tuple& options, double num_items, const py::tuple& upstream,
                  const py::object& grad, const py::object& d_target, uintptr_t saved, int threads) {
   Call call = make_call(given, options, grad, d_target);
-  call.upstream = reinterpret_cast<void*>(address(upstream, 0));
+  call.upstream = address(upstream, 0);
   call.scale = real(upstream, 1);
-  call.g_lse = reinterpret_cast<void*>(address(upstream, 2));
+  call.g_lse = address(upstream, 2);
   if (!saved && call.rows > 0) refuse("expected the rows that a forward call saved, got none");
   call.saved = reinterpret_cast<Saved*>(saved);
   const Reduction reduction = reduction_of(options);
-  run(call, [&] { return backward(call, reduction, num_items, threads); });
+  run(call, threads, [&] { return backward(call, reduction, num_items, threads); });
 }
 
 // Both are contract.RowSums, of numbers.

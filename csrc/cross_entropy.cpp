@@ -2,8 +2,10 @@
 #include "cross_entropy.h"
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 #ifdef _OPENMP
@@ -27,7 +29,8 @@ namespace {
 // machine).
 [[maybe_unused]] constexpr int64_t SERIAL_BYTES = 1 << 16;
 constexpr int64_t HUGE_PAGE = 1 << 21;
-constexpr int64_t WIDEST_VECTOR = 64;  // bytes
+constexpr int64_t WIDEST_VECTOR = 64;      // bytes
+constexpr int64_t KEPT_SCRATCH = 1 << 22;  // bytes for each thread, between the calls of one
 
 // Up to this many classes a row's vectors are so few that lanes across rows win.
 constexpr int64_t FEW_CLASSES = 256;
@@ -50,33 +53,41 @@ void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-// Rows in lanes: four vectors a class. Classes in lanes: one number a class, and what a block of them (at least 1,024)
-// gives.
+// What a thread needs. Rows in lanes: four vectors a class. Classes in lanes: one number a class, where they are kept,
+// and what a block of them (at least 1,024) gives.
 int64_t scratch_bytes(const Call& call) {
-  const int64_t bytes = call.across ? 4 * call.C * WIDEST_VECTOR : (call.C + 16) * 8 + (call.C / 1024 + 1) * 128;
-  return (bytes + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
+  const int64_t kept = call.across ? (call.C < MOST_KEPT ? call.C : MOST_KEPT) * 4 * WIDEST_VECTOR
+                                   : (call.C < MOST_ALONG ? call.C + 16 : 16) * 8 + (call.C / 1024 + 1) * 128;
+  return (kept + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
 }
 
-struct Scratch {
-  char* data = nullptr;
-  int64_t bytes = 0;
-
-  char* of(int64_t wanted) {
-    if (wanted > bytes) {
+// For all threads of a call, made before they start: no exception could leave a parallel region.
+class Scratch {
+  struct Memory {
+    char* data = nullptr;
+    int64_t bytes = 0;
+    ~Memory() { std::free(data); }
+    void make(int64_t wanted) {
       std::free(data);
       data = static_cast<char*>(std::aligned_alloc(WIDEST_VECTOR, wanted));
       bytes = data ? wanted : 0;
-      if (!data) std::abort();  // out of memory, where no exception can leave the parallel region
+      if (!data) throw std::bad_alloc();
     }
-    return data;
+  };
+  Memory own;
+
+ public:
+  char* data;
+  Scratch(int threads, int64_t bytes) {
+    thread_local Memory kept;  // fresh memory would be faulted in, page by page, on every call
+    Memory& memory = bytes <= KEPT_SCRATCH ? kept : own;
+    if (memory.bytes < threads * bytes) memory.make(threads * bytes);
+    data = memory.data;
   }
-  ~Scratch() { std::free(data); }
 };
 
-void run_rows(const Call& call, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;  // fresh memory of this size would be faulted in, page by page, on every call
-  if (begin < end)
-    isa().rows[int(call.input.dtype)](call, begin, end, scratch.of(scratch_bytes(call)), {0, 1, nullptr});
+void run_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
+  if (begin < end) isa().rows[int(call.input.dtype)](call, begin, end, scratch, {0, 1, nullptr});
 }
 
 int64_t bytes_of(const Call& call) { return call.rows * call.C * size_of(call.input.dtype); }
@@ -105,16 +116,17 @@ void run_all_rows(const Call& call, int wanted) {
   const bool may_team = !call.across && call.C * size_of(call.input.dtype) >= SERIAL_BYTES;
   const int64_t teams = may_team ? call.rows % threads : 0, bytes = scratch_bytes(call);
   const std::unique_ptr<Barrier[]> barriers(teams ? new Barrier[teams] : nullptr);
-  Scratch shared;
-  if (teams) shared.of(teams * bytes);
+  const Scratch scratch(threads, bytes);
   parallel(threads, [&](int64_t t, int64_t T) {
-    if (T != threads) return run_rows(call, call.rows * t / T, call.rows * (t + 1) / T);
+    if (T != threads) return run_rows(call, call.rows * t / T, call.rows * (t + 1) / T, scratch.data + t * bytes);
     const int64_t alone = call.rows - teams;
-    run_rows(call, alone * t / T, alone * (t + 1) / T);
+    run_rows(call, alone * t / T, alone * (t + 1) / T, scratch.data + t * bytes);
     if (!teams) return;
     const int64_t team = t * teams / T, begin = (team * T + teams - 1) / teams,
                   end = ((team + 1) * T + teams - 1) / teams;
-    isa().rows[int(call.input.dtype)](call, alone + team, alone + team + 1, shared.data + team * bytes,
+    isa().rows[int(call.input.dtype)](call, alone + team, alone + team + 1,
+                                      scratch.data + begin * bytes,  // a member's own
+
                                       {int(t - begin), int(end - begin), &barriers[team]});
   });
 }
@@ -165,8 +177,23 @@ template <class Label> Tally tally(const Call& call, int64_t begin, int64_t end,
   return result;
 }
 
+// Class weights so small or large that float could not hold scale w / D with its parts: only their ratios count under a
+// mean, so they are multiplied by a power of two that makes them some 1 on average.
+double normalize(Call& call, double weights, int64_t count, std::unique_ptr<float[]>& normal) {
+  const double mean = weights / double(count);
+  if (!call.weight || call.input.dtype == DType::float64 || !(mean > 0) || (mean > 1e-9 && mean < 1e9) ||
+      !(mean < __builtin_inf()))
+    return weights;
+  const double factor = std::ldexp(1.0, -std::ilogb(mean));
+  normal.reset(new float[call.C]);
+  for (int64_t c = 0; c < call.C; c++) normal[c] = float(static_cast<const float*>(call.weight)[c] * factor);
+  call.weight = normal.get();
+  return weights * factor;
+}
+
 // Checks every target and finds what the rows share: the scale and, under a mean, D / count.
-Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, double* divisor) {
+Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, double* divisor,
+                std::unique_ptr<float[]>& normal) {
   call.ratio = 1;
   int64_t count = call.rows;
   double weights = double(count);
@@ -187,6 +214,7 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, 
   }
   if (reduction == Reduction::mean) {
     const bool given = num_items == num_items;  // not NaN
+    if (!given) weights = normalize(call, weights, count, normal);
     *divisor = given ? num_items : weights;
     if (!given && weights != double(count)) call.ratio = weights / double(count);
     call.scale /= *divisor;
@@ -262,7 +290,8 @@ void Team::wait() const {
 
 Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DType loss_dtype, int threads) {
   double divisor = 1;
-  const Refusal refusal = prepare(call, reduction, num_items, threads, &divisor);
+  std::unique_ptr<float[]> normal;
+  const Refusal refusal = prepare(call, reduction, num_items, threads, &divisor, normal);
   if (refusal.bad) return refusal;
   const std::unique_ptr<double[]> losses(new double[call.rows]);  // large enough for either acc
   call.loss = losses.get();
@@ -276,7 +305,8 @@ Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DT
 Refusal backward(Call call, Reduction reduction, double num_items, int threads) {
   double divisor = 1;
   call.loss = nullptr;
-  const Refusal refusal = prepare(call, reduction, num_items, threads, &divisor);
+  std::unique_ptr<float[]> normal;
+  const Refusal refusal = prepare(call, reduction, num_items, threads, &divisor, normal);
   if (!refusal.bad) run_all_rows(call, threads);
   return refusal;
 }

@@ -12,6 +12,10 @@ enum class Reduction : int { none, mean, sum };
 
 constexpr int MAX_DIMS = 8;
 
+// Classes whose exponentials a thread keeps from the sums to the gradient; of longer rows the logits are read again.
+constexpr int64_t MOST_KEPT = 1 << 16;   // rows in lanes
+constexpr int64_t MOST_ALONG = 1 << 20;  // classes in lanes
+
 // Field order as in options.py; the letters are those of formula.py.
 struct Options {
   int64_t ignore_index;

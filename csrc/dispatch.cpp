@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <atomic>
 #include <cstring>
 
 namespace fused_ce {
@@ -27,7 +28,17 @@ const Isa all[] = {
 #endif
     {"base", always, base::rows_functions, base::combine_numbers},
 };
-const Isa* chosen = nullptr;
+const Isa* best() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();  // this runs before main, maybe before what else would
+#endif
+  const Isa* i = all;
+  while (!i->runs_here()) i++;
+  return i;
+}
+
+// Chosen when the library is loaded: calls on several threads only read it.
+std::atomic<const Isa*> chosen{best()};
 
 }  // namespace
 
@@ -36,11 +47,7 @@ const Isa* isas(int* count) {
   return all;
 }
 
-const Isa& isa() {
-  for (const Isa* i = all; !chosen; i++)
-    if (i->runs_here()) chosen = i;
-  return *chosen;
-}
+const Isa& isa() { return *chosen.load(std::memory_order_relaxed); }
 
 bool set_isa(const char* name) {
   for (const Isa& i : all)

@@ -22,14 +22,19 @@ template <class T_, bool CHANGED_, bool DENSE_> struct Traits {
   static_assert(sizeof(V) == sizeof(I)); \
   static_assert(sizeof(T) <= sizeof(A))
 
-#define LAMBDA __attribute__((always_inline))
-
 // [1] transform
 template <class F> INLINE Pair<typename F::V> transform(typename F::V x, const Options& o) {
   TYPES(F);
   if constexpr (!F::CHANGED) return {x, V{}};
   const double k = o.logit_scale, s = o.softcap;
-  return in_double(x, [&](Vec::f64 x_c) LAMBDA { return s > 0 ? s * tanh<double>(x_c * (k / s)) : x_c * k; });
+  if (!(s > 0)) return product(x, k);
+  return in_double(x, [&](Vec::f64 x_c) LAMBDA { return s * tanh<double>(x_c * (k / s)); });
+}
+
+// z - m.
+template <class F> INLINE typename F::V minus(const Pair<typename F::V>& z, const Pair<typename F::V>& m) {
+  if constexpr (F::CHANGED) return z.high - m.high + (z.low - m.low);
+  else return z.high - m.high;
 }
 
 // What orders the classes of a row as z does, without a softcap's cost.
@@ -46,9 +51,9 @@ template <class F> INLINE double transform_ordered(typename F::A largest, const 
 // [2] transform_grad
 template <class F> INLINE typename F::V transform_grad(typename F::V x, const Options& o) {
   TYPES(F);
-  const double k = o.logit_scale, s = o.softcap;
-  if (!F::CHANGED || !(s > 0)) return splat(A(k));
-  return in_double(x, [&](Vec::f64 x_c) LAMBDA { return k * sech2<double>(x_c * (k / s)); }).high;
+  const A k = A(o.logit_scale);
+  if (!F::CHANGED || !(o.softcap > 0)) return splat(k);
+  return k * sech2<A>(product(x, o.logit_scale / o.softcap));
 }
 
 // What a part of a row leaves: see contract.RowSums. `N` is double for one row, or a vector for a row in each lane.
@@ -66,7 +71,8 @@ INLINE void row_lse(LaneSums<F>& sums, typename F::V e_c, typename F::V q_c, Dro
   sums.so[turn] += e_c;
   if constexpr (F::DENSE) {
     sums.q_others += q_c;
-    sums.q_drop += q_c * drop();
+    const typename F::V drop_c = drop();
+    sums.q_drop += drop_c == 0 ? drop_c : q_c * drop_c;  // a weight may be infinite
   }
   if (wants_stats) sums.e_drop += e_c == 0 ? e_c : e_c * drop();
 }

@@ -1,24 +1,25 @@
 // Reads and writes the elements of rows side by side, whatever the strides: (N, C, d1..dk), transposed logits, few
 // classes. Included inside a namespace, once for each instruction set: nothing may be #included here.
 
-// A tensor's elements for a group of rows, class by class: a row to each lane.
+// A tensor's elements for a group of rows, class by class from `begin` to `end`: a row to each lane.
 template <class F> struct StridedRows {
   TYPES(F);
   const Call& call;
   const View& view;
-  const int64_t first, C;
+  const int64_t first, begin, C;  // C: of the classes from begin on
   const int n;
-  T* const start;  // class 0 of row `first`
+  T* const start;  // class `begin` of row `first`
   const int64_t row_stride;
   enum { SIDE_BY_SIDE, ROW_BY_ROW, ONE_BY_ONE } way;  // rows or classes side by side in memory, or neither
 
-  INLINE StridedRows(const Call& call, const View& view, int64_t first, int n)
+  INLINE StridedRows(const Call& call, const View& view, int64_t first, int n, int64_t begin, int64_t end)
       : call(call),
         view(view),
         first(first),
-        C(call.C),
+        begin(begin),
+        C(end - begin),
         n(n),
-        start(static_cast<T*>(view.data) + call.dims.offset(view, first)),
+        start(static_cast<T*>(view.data) + call.dims.offset(view, first) + begin * view.class_stride),
         row_stride(view.strides[call.dims.rank - 1]) {
     if (!call.dims.in_line(first, n)) way = ONE_BY_ONE;
     else if (n == F::lanes && row_stride == 1) way = SIDE_BY_SIDE;
@@ -54,7 +55,9 @@ template <class F> struct StridedRows {
       // The last classes come first, so that the next row overwrites what they write past the end of a row.
       for (int64_t c = (C - 1) / F::lanes * F::lanes; c >= 0; c -= F::lanes) {
         const int64_t count = C - c < F::lanes ? C - c : F::lanes;
-        const int64_t whole = count == F::lanes ? n : row_stride == C ? n - 1 - (F::lanes - count) / C : 0;
+        const int64_t whole = count == F::lanes                ? n
+                              : row_stride == C && C == call.C ? n - 1 - (F::lanes - count) / call.C
+                                                               : 0;
         write_tile(transpose(tile_of(c, f, InOrder<V>{})), c, count, whole, InOrder<V>{});
       }
     } else {
@@ -87,6 +90,7 @@ template <class F> struct StridedRows {
   }
   template <class Function> INLINE void each_row(Function f) const {
     for (int i = 0; i < F::lanes; i++)
-      f(i, i < n ? static_cast<T*>(view.data) + call.dims.offset(view, first + i) : nullptr);
+      f(i,
+        i < n ? static_cast<T*>(view.data) + call.dims.offset(view, first + i) + begin * view.class_stride : nullptr);
   }
 };

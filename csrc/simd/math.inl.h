@@ -19,6 +19,13 @@ template <class V> INLINE V multiply_power(V reduced, V t, V t_0) {
 }
 #endif
 
+// A number as the sum of two: `low` is what rounding cut off. z of float32 logits needs it where a scale or a softcap
+// made z: near 30 it is rounded by 1e-6, and a loss is a difference of such numbers.
+template <class V> struct Pair {
+  V high, low;
+  INLINE double sum() const { return double(high[0]) + double(low[0]); }  // of lane 0
+};
+
 // x = n ln2 + r with |r| <= ln2 / 2: gives exp(r) - 1, and n in the low bits of t. Minimax polynomials of
 // (exp(r) - 1 - r) / r^2 (Remez; relative error of exp 3.1e-9 for float, 3.6e-18 for double). x >= lowest, or NaN.
 // `rest` is what x was rounded by.
@@ -63,11 +70,11 @@ template <class A, class V> INLINE V exp(V x, V rest = V{}) {
   return exp_above<A>(x, rest, splat(K::lowest), splat(K::round));
 }
 
-// exp(z + low - m) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at
+// exp(z - m - below) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at
 // -50: the rounded-off part is given back (Knuth's two-sum).
-template <class A, class V> INLINE V exp_minus(V z, V low, V m) {
+template <class A, class V> INLINE V exp_minus(V z, V m, V below) {
   const V d = z - m, minus_m = d - z;
-  const V result = exp<A>(d, (z - (d - minus_m)) - (m + minus_m) + low);
+  const V result = exp<A>(d, (z - (d - minus_m)) - (m + minus_m) - below);
   return d < Constants<A>::lowest ? V{} : result;  // minus infinity has no rest
 }
 
@@ -109,12 +116,6 @@ template <class A, class V> INLINE V tanh(V u) {
   return u < 0 ? -magnitude : magnitude;
 }
 
-// 1 / cosh(u)^2 = 4 E / (1 + E)^2 with E = exp(-2 |u|): no cancellation where tanh nears 1.
-template <class A, class V> INLINE V sech2(V u) {
-  const V E = exp<A>(u < 0 ? 2 * u : -2 * u);
-  return 4 * E / ((1 + E) * (1 + E));
-}
-
 // log(1 + u) for u >= 0, or NaN: 1 + u = 2^n f with f in [sqrt(1/2), sqrt(2)), and log f = 2 atanh(g / (2 + g)) with
 // g = f - 1. For n = 0 g is u itself, so a tiny u keeps every digit; for others what 1 + u rounded off is added back.
 template <class A, class V, class I> INLINE V log1p(V u) {
@@ -152,26 +153,63 @@ INLINE double infinity_of(double) { return __builtin_inf(); }
 INLINE Vec::f32 infinity_of(Vec::f32) { return splat(__builtin_inff()); }
 INLINE Vec::f64 infinity_of(Vec::f64) { return splat(__builtin_inf()); }
 
-// A number as the sum of two: `low` is what rounding cut off. z of float32 logits needs it where a scale or a softcap
-// made z: near 30 it is rounded by 1e-6, and a loss is a difference of such numbers.
-template <class V> struct Pair {
-  V high, low;
-  INLINE double sum() const { return double(high[0]) + double(low[0]); }  // of lane 0
-};
+// Not through memory: a wide load right after two narrow stores defeats store forwarding.
+INLINE Vec::f32 join(Vec::f32_half a, Vec::f32_half b) {
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (Vec::f32)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)a), (__m256)b, 1);
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (Vec::f32)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)a), (__m128)b, 1);
+#else
+  Vec::f32 result;
+  __builtin_memcpy(&result, &a, sizeof a);
+  __builtin_memcpy(reinterpret_cast<char*>(&result) + sizeof a, &b, sizeof b);
+  return result;
+#endif
+}
 
 // f of every lane in double, and what is lost on the way back.
 template <class Function> INLINE Pair<Vec::f64> in_double(Vec::f64 x, Function f) { return {f(x), Vec::f64{}}; }
 template <class Function> INLINE Pair<Vec::f32> in_double(Vec::f32 x, Function f) {
   Vec::f32_half part[2], low[2];
   __builtin_memcpy(part, &x, sizeof x);
+#pragma GCC unroll 2
   for (int i = 0; i < 2; i++) {
     const Vec::f64 exact = f(__builtin_convertvector(part[i], Vec::f64));
     part[i] = __builtin_convertvector(exact, Vec::f32_half);
     const Vec::f64 rest = exact - __builtin_convertvector(part[i], Vec::f64);
     low[i] = __builtin_convertvector(rest - rest == 0 ? rest : Vec::f64{}, Vec::f32_half);  // inf - inf would be NaN
   }
-  Pair<Vec::f32> result;
-  __builtin_memcpy(&result.high, part, sizeof result.high);
-  __builtin_memcpy(&result.low, low, sizeof result.low);
-  return result;
+  return {join(part[0], part[1]), join(low[0], low[1])};
+}
+
+// a x b - c in one rounding, where the processor can.
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+#define FUSED_CE_HAS_FMS 1
+INLINE Vec::f32 fms(Vec::f32 a, Vec::f32 b, Vec::f32 c) {
+  return (Vec::f32)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#elif VECTOR_BYTES == 32 && defined(__FMA__)
+#define FUSED_CE_HAS_FMS 1
+INLINE Vec::f32 fms(Vec::f32 a, Vec::f32 b, Vec::f32 c) {
+  return (Vec::f32)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#endif
+
+// x k, and what it is rounded by.
+INLINE Pair<Vec::f64> product(Vec::f64 x, double k) { return {x * k, Vec::f64{}}; }
+INLINE Pair<Vec::f32> product(Vec::f32 x, double k) {
+#ifdef FUSED_CE_HAS_FMS
+  const float high = float(k), low = float(k - double(high));
+  const Vec::f32 p = x * high, rest = fms(x, splat(high), p) + x * low;
+  return {p, rest - rest == 0 ? rest : Vec::f32{}};  // inf - inf would be NaN
+#else
+  return in_double(x, [&](Vec::f64 x_c) LAMBDA { return x_c * k; });
+#endif
+}
+#undef FUSED_CE_HAS_FMS
+
+// 1 / cosh(u)^2 = 4 E / (1 + E)^2 with E = exp(-2 |u|): no cancellation where tanh nears 1.
+template <class A, class V> INLINE V sech2(Pair<V> u) {
+  const V twice = 2 * u.high, E = exp<A>(u.high < 0 ? twice : -twice, 2 * (u.high < 0 ? u.low : -u.low));
+  return 4 * E / ((1 + E) * (1 + E));
 }

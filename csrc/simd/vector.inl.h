@@ -16,6 +16,7 @@ template <> struct Vectors<VECTOR_BYTES> {
 typedef Vectors<VECTOR_BYTES> Vec;
 
 #define INLINE inline __attribute__((always_inline))
+#define LAMBDA __attribute__((always_inline))
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
