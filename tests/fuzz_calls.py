@@ -13,7 +13,17 @@ f32, f64, bf16, f16 = FLOATS = (torch.float32, torch.float64, torch.bfloat16, to
 inf, nan = torch.inf, torch.nan
 CLASSES = (1, 2, 3, 4, 5, 7, 8, 10, 16, 17, 31, 33, 64, 100, 255, 256, 257, 300, 511, 1000, 1025, 2048, 2049, 4999)
 VALUES = ("randn", "randn", "randn*100", "+100", "+1e4", "-inf", "+inf", "nan", "equal", "confident", "extreme")
-LAYOUTS = ("contiguous", "contiguous", "contiguous", "permuted", "class last", "steps", "expanded", "offset", "negative")
+LAYOUTS = (
+    "contiguous",
+    "contiguous",
+    "contiguous",
+    "permuted",
+    "class last",
+    "steps",
+    "expanded",
+    "offset",
+    "negative",
+)
 UPSTREAMS = ("one", "one", "random", "power of two", "subnormal", "large", "zero", "inf", "nan")
 ELEMENTS = {"triton": 1000}  # logits of the usual call; an interpreter is slow
 

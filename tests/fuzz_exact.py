@@ -43,18 +43,19 @@ def as_rows(tensor: Tensor, like: Any = np.float64) -> Array:
     return np.moveaxis(array, 0 if array.ndim == 1 else 1, -1).reshape(-1, C)
 
 
-def answers(call: Drawn, slack: float = 1.0) -> Answers:
-    """Everything that the call returns; `slack` multiplies every bound."""
+def answers(call: Drawn, slack: float, rounded: bool) -> Answers:
+    """Everything that the call returns; `slack` multiplies every bound, `rounded` allows for a transform that rounds."""
     with np.errstate(all="ignore"):
-        return _answers(call, slack)
+        return _answers(call, slack, rounded)
 
 
-def _answers(call: Drawn, slack: float) -> Answers:
+def _answers(call: Drawn, slack: float, rounded: bool) -> Answers:
     input, target, options = call.input, call.target, call.keywords
     double = input.dtype == torch.float64
     real = np.longdouble if double else np.float64
     info = np.finfo(np.float64 if double else np.float32)
-    eps, tiny = float(info.eps) * slack, float(info.tiny)
+    # The contract promises no ULP of float64: its log1p is good to some 14 of them.
+    eps, tiny = float(info.eps) * slack * (8 if double else 1), float(info.tiny)
     e, k, s, L = (options[name] for name in ("label_smoothing", "logit_scale", "softcap", "lse_square_scale"))
     x = as_rows(input, real)
     R, C = x.shape
@@ -84,13 +85,17 @@ def _answers(call: Drawn, slack: float) -> Answers:
     far = np.minimum(np.nan_to_num(drop, nan=0, posinf=0), least)
     # The transform is rounded too: a relative error of z is an absolute one of its exponential.
     widest = np.abs(np.where(np.isfinite(z), z, 0)).max(1)
-    moved = 3 * widest if s is not None else widest if k not in (1.0, -1.0) else np.zeros(R)
+    moved = rounded * (3 * widest if s is not None else widest if k not in (1.0, -1.0) else np.zeros(R))
 
     w = np.ones(C, real) if call.weight is None else call.weight.double().numpy().astype(real)
     y = top if probs else np.where(counted, y, 0)
     onehot = np.zeros((R, C), bool)
     onehot[each, y] = True
-    q = w * ((1 - real(e)) * as_rows(target, real) + real(e) / C) if probs else real(e) / C * w + onehot * (1 - real(e)) * w
+    q = (
+        w * ((1 - real(e)) * as_rows(target, real) + real(e) / C)
+        if probs
+        else real(e) / C * w + onehot * (1 - real(e)) * w
+    )
     part = np.where(onehot | probs | (e > 0), q * n, 0)  # a class that has no share may hold -inf
     size = np.abs(part).sum(1)
     a = np.abs(q).sum(1)
@@ -111,6 +116,10 @@ def _answers(call: Drawn, slack: float) -> Answers:
     else:
         total = np.asarray(loss.sum() / D + (z_loss.sum() / count if L else 0))
         bound = loss_bound.sum() / np.abs(D) + z_bound.sum() / np.abs(count) + 2 * eps * np.abs(total)
+        # Losses of float64 are added in float64 itself, by 16 sums; those of float32 in float64.
+        bound = bound + double * eps * (4 + R / 16) * (
+            np.abs(loss).sum() / np.abs(D) + np.abs(z_loss).sum() / np.abs(count)
+        )
 
     up = np.broadcast_to(call.upstream.double().numpy().astype(real).reshape(-1), R)
     g = np.zeros(R, real) if call.g_lse is None else call.g_lse.double().numpy().astype(real).reshape(-1)
@@ -126,13 +135,14 @@ def _answers(call: Drawn, slack: float) -> Answers:
     relative = relative + (0 if s is None else 2 * np.abs(u) + 4)
     flushed = 4 * tiny * (1 + np.abs(up) + (np.abs(scale) * (1 + a) + z_terms) * max(1.0, abs(k)))
     row = counted[:, None]
-    grad = Exact(np.where(row, dz * slope, 0), np.where(row, eps * relative * terms * np.abs(slope) + flushed[:, None], 0))
+    grad = Exact(
+        np.where(row, dz * slope, 0), np.where(row, eps * relative * terms * np.abs(slope) + flushed[:, None], 0)
+    )
     dt = (1 - real(e)) * scale[:, None] * w * n
     dt_bound = eps * (8 * np.abs(dt) + np.abs((1 - e) * scale[:, None] * w) * ((rest * lse_m / 2 + 2 * moved)[:, None]))
     dt_bound = dt_bound + flushed[:, None] * w
     lse_bound = eps * (4 * (np.abs(m) + lse_m) + 2 * moved)
     # Each p of the entropy moves by the rounding of its logit.
-    # TODO entropy
     h_bound = eps * ((16 + rest) * entropy + 4 * moved * (1 + entropy)) + 16 * tiny
     stats = [Exact(np.where(counted, v, 0), np.where(counted, b, 0)) for v, b in ((lse, lse_bound), (entropy, h_bound))]
     z_total = z_loss if options["reduction"] == "none" else np.asarray(z_loss.sum() / count)
