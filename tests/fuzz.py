@@ -33,18 +33,15 @@ from fused_ce.options import Options
 
 torch_loss = F.cross_entropy
 PLAIN = ("ignore_index", "reduction", "label_smoothing")
-# The reference is PyTorch's operators in the dtype that the kernels compute in: held to the same formula of a bound,
-# with room for what the kernels do better.
+# Plain operators of PyTorch round more often than the kernels do.
 SLACK = {"reference": 6.0}
 # Faults that are known and not yet mended, by the name that each stands under below. Emptying this holds them, too.
 OPEN = (
-    "upstream that is not finite",
-    "16-bit in place",
-    "argmax of NaN",
-    "subnormal upstream",
+    *("upstream that is not finite", "16-bit in place", "argmax of NaN", "subnormal upstream"),
     "entropy where the target is not the top",
     "in place without rows",
     "rounded transform",
+    "sums beyond float32 of a float64 loss",
 )
 
 
@@ -62,9 +59,8 @@ def main() -> int:
             wrong += 1
             print(f"python tests/fuzz.py --one {seed} {index} {BACKEND}\n    {fault}", flush=True)
         index += 1
-    rate = index / (time.monotonic() - begin)
     print("options: " + ", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
-    print(f"{index} calls of seed {seed} on {BACKEND}, {rate:.0f} a second: {wrong} mismatches")
+    print(f"{index} calls of seed {seed} on {BACKEND}, {index / seconds:.0f} a second: {wrong} mismatches")
     return wrong > 0
 
 
@@ -93,17 +89,19 @@ def _faults(call: Drawn) -> Iterator[str]:
         if type(ours) is not type(theirs):
             yield f"torch raises {theirs!r}, fused_ce {ours!r}"
         return
-    before = [bits(tensor.resolve_neg()) for tensor in (call.input, call.target, call.weight) if tensor is not None]
+    given = [tensor for tensor in (call.input, call.target, call.weight) if tensor is not None]
+    before = [bits(tensor.resolve_neg()) for tensor in given]
     loss, stats, grad, d_target = run(call)
-    for old, tensor in zip(before, (t for t in (call.input, call.target, call.weight) if t is not None), strict=True):
-        if not torch.equal(old, bits(tensor.resolve_neg())):
-            yield "an argument was changed"
+    if not all(torch.equal(old, bits(tensor.resolve_neg())) for old, tensor in zip(before, given, strict=True)):
+        yield "an argument was changed"
     exact = answers(call, SLACK.get(BACKEND, 1.0), "rounded transform" in OPEN)
     if falls_back(call):
         if not is_plain(call):
             return  # torch's operators, as exact as those are
         exact = None
     hard = call.notes["values"] == "extreme"
+    if hard and loss.dtype.itemsize > call.input.itemsize and "sums beyond float32 of a float64 loss" in OPEN:
+        return
     reference = torchs(call) if hard or exact is None else None
     rows = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
     yield from shape_faults(call, loss, grad, rows)
@@ -115,9 +113,8 @@ def _faults(call: Drawn) -> Iterator[str]:
     yield from differs("loss", loss.reshape(exact.loss.value.shape), exact.loss, reference and reference[0])
     yield from gradient_faults(call, grad, exact, reference)
     if d_target is not None and not hard and call.upstream.isfinite().all():
-        yield from differs(
-            "gradient of the target", torch.from_numpy(as_rows(d_target)).to(d_target.dtype), exact.d_target
-        )
+        got = torch.from_numpy(as_rows(d_target)).to(d_target.dtype)
+        yield from differs("gradient of the target", got, exact.d_target)
     if stats is not None and not hard:
         yield from stats_faults(call, stats, exact)
     if is_plain(call):
@@ -153,8 +150,8 @@ def _run(call: Drawn) -> tuple[Tensor, Any, Tensor, Tensor | None]:
 
 def falls_back(call: Drawn) -> bool:
     """Whether the call is one that docs/contract.md leaves to torch."""
-    options = call.weight is not None and call.keywords["label_smoothing"] > 0
-    return call.input.is_neg() or (call.target.dtype == torch.uint8 and options)
+    both = call.weight is not None and call.keywords["label_smoothing"] > 0
+    return call.input.is_neg() or (call.target.dtype == torch.uint8 and both)
 
 
 def is_plain(call: Drawn) -> bool:
@@ -182,16 +179,15 @@ def torchs(call: Drawn) -> tuple[Tensor, Tensor]:
     options = Options(**{**call.keywords, "dtype": None, "grad_scale": None})
     leaf = call.input.detach().requires_grad_()
     weight = None if call.weight is None else call.weight.to(acc)
-    target = call.target.to(acc) if call.target.is_floating_point() and acc != call.input.dtype else call.target
+    wide = call.target.is_floating_point() and acc != call.input.dtype and not falls_back(call)
+    target = call.target.to(acc) if wide else call.target
     loss = composed(leaf.to(acc), target, weight, options)
     return loss.detach(), torch.autograd.grad(loss, leaf, call.upstream.to(loss.dtype))[0]
 
 
 def shape_faults(call: Drawn, loss: Tensor, grad: Tensor, rows: tuple[int, ...]) -> Iterator[str]:
-    if loss.shape != (rows if call.keywords["reduction"] == "none" else ()):
-        yield f"loss of shape {tuple(loss.shape)}"
-    if loss.dtype != call.upstream.dtype:
-        yield f"loss of {loss.dtype}"
+    if loss.shape != (rows if call.keywords["reduction"] == "none" else ()) or loss.dtype != call.upstream.dtype:
+        yield f"loss of shape {tuple(loss.shape)}, {loss.dtype}"
     if grad.shape != call.input.shape or grad.dtype != call.input.dtype:
         yield f"gradient of shape {tuple(grad.shape)}, {grad.dtype}"
 
@@ -211,10 +207,8 @@ def differs(name: str, got: Tensor, exact: Exact, torchs: Tensor | None = None, 
     if where is not None:
         good = good | ~torch.from_numpy(where)
     if torchs is not None and not good.all():
-        torchs = torch.from_numpy(np.asarray(torchs.double().numpy() if got.dim() < 2 else as_rows(torchs))).to(
-            got.dtype
-        )
-        torchs = torchs.reshape(got.shape)
+        torchs = torchs if got.dim() < 2 else torch.from_numpy(as_rows(torchs))
+        torchs = torchs.to(got.dtype).reshape(got.shape)
         error, torch_error = ((one.double() - torch.from_numpy(value)).abs() for one in (got, torchs))
         good = good | (error <= torch_error) | (~torchs.isfinite() & ~got.isfinite()) | ~torchs.isfinite()
     if good.all():
@@ -222,7 +216,8 @@ def differs(name: str, got: Tensor, exact: Exact, torchs: Tensor | None = None, 
     at = tuple(int(i) for i in (~good).nonzero()[0])
     result, truth, allowed = got[at].item(), float(value[at]), float(bound[at])
     off = abs(result - truth) / allowed if allowed else float("inf")
-    yield f"{name} at {at} of {tuple(got.shape)}, {int((~good).sum())} in all: {result!r}, exact {truth!r}, {off:.2f} bounds"
+    many = f"{int((~good).sum())} of {tuple(got.shape)}"
+    yield f"{name} at {at}, {many}: {result!r}, exact {truth!r}, {off:.2f} bounds"
 
 
 def gradient_faults(call: Drawn, grad: Tensor, exact: Answers, reference: Any) -> Iterator[str]:
@@ -275,6 +270,8 @@ def oracle_faults(call: Drawn, exact: Answers) -> Iterator[str]:
     """The oracle against torch in float64, where torch can express the call; what is in P7 is left out."""
     if call.keywords["label_smoothing"] == 1.0 and call.notes["values"] == "-inf":
         return  # (1 - e) inf is NaN to torch, though (1 - e) is 0
+    if call.notes["weight"] == "zeros" and call.keywords["label_smoothing"] > 0 and np.isinf(exact.loss.value).all():
+        return  # divided by weights that add up to 0: torch adds 0 / 0 for the target to inf for the other classes
     x = call.input.detach().double()
     if not call.target.is_floating_point():
         ignored = call.target == call.keywords["ignore_index"]
@@ -296,4 +293,8 @@ def oracle_faults(call: Drawn, exact: Answers) -> Iterator[str]:
 
 if __name__ == "__main__":
     np.seterr(all="ignore")
+    if BACKEND == "triton":
+        from interpreter import round_like_hardware
+
+        round_like_hardware()
     sys.exit(main())

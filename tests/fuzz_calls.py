@@ -178,7 +178,7 @@ def _upstream(kind: str, shape: tuple[int, ...], rng: Random, torch_rng: torch.G
 
 
 def laid_out(tensor: Tensor, kind: str, rng: Random) -> Tensor:
-    """The same values under other strides (but "expanded" repeats some of them); NaN, or an index out of range, between."""
+    """The same values under other strides ("expanded" repeats some); NaN, or an index out of range, between them."""
     shape, rank = tensor.shape, tensor.dim()
     if rank == 0 or tensor.numel() == 0 or kind == "contiguous":
         return tensor

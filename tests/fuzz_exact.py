@@ -44,7 +44,7 @@ def as_rows(tensor: Tensor, like: Any = np.float64) -> Array:
 
 
 def answers(call: Drawn, slack: float, rounded: bool) -> Answers:
-    """Everything that the call returns; `slack` multiplies every bound, `rounded` allows for a transform that rounds."""
+    """All that the call returns; `slack` multiplies every bound, `rounded` allows for a transform that rounds."""
     with np.errstate(all="ignore"):
         return _answers(call, slack, rounded)
 

@@ -32,7 +32,6 @@ esac
     preload="$("$CXX" -print-file-name=libasan.so) $("$CXX" -print-file-name=libstdc++.so)"
     # A module of the same name that is installed would be tested in its place.
     LD_PRELOAD=$preload "$python" -c "import fused_ce._C as m; assert m.__file__.startswith('$tree'), m.__file__"
-    # The fork test allocates in a child, which the sanitizer's own threads do not survive.
     LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider tests/test_cpu.py
     LD_PRELOAD=$preload "$python" tests/fuzz.py "$seconds" "${SEED:-1}" cpu
 )
@@ -42,7 +41,7 @@ echo "AddressSanitizer and UndefinedBehaviorSanitizer ($("$CXX" --version | head
 clang=${CLANG:-$(command -v clang++ || true)}
 archer=$([ -n "$clang" ] && find "$(dirname "$(realpath "$clang")")/../lib" -name 'libarcher.so' 2>/dev/null | head -1 || true)
 if [ -z "$archer" ]; then
-    echo "ThreadSanitizer: skipped, it needs clang++ and libarcher.so (Debian: apt install clang libomp-dev)"
+    echo "ThreadSanitizer: skipped, it needs clang++ and libarcher.so (Debian: apt install clang libomp-dev libclang-rt-14-dev)"
     exit
 fi
 "$clang" -std=gnu++17 -O1 -g1 -w -fsanitize=thread -fopenmp -Icsrc tests/tsan_driver.cpp csrc/cross_entropy.cpp \

@@ -1,7 +1,7 @@
 """Bytes that a loss holds and peaks at, in copies of the logits, beside torch's in a process of the same form.
 
 A process each, because the peak of one never falls. Resident memory rather than an allocator's count: the kernels
-allocate outside of torch, too. The bounds leave a quarter of a copy to all else (threads' stacks, the allocator's slack).
+allocate outside of torch, too. The bounds leave a quarter of a copy to all else (stacks, the allocator's slack).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def test_no_more_than_torch(form: str) -> None:
     strict=False, reason="the logits of every chunk stay alive until backward, outside autograd's saving"
 )
 def test_checkpointed_chunks() -> None:
-    """Nothing as large as a chunk stays after forward, and one chunk at a time is made again: its logits and gradient."""
+    """No chunk's logits stay after forward; one chunk at a time is made again, with its gradient and its factor's."""
     ours, theirs = copies("chunks", "ours"), copies("chunks", "torch")
     assert ours[0] <= SPARE, (ours, theirs)
     assert ours[1] <= min(3, theirs[1]) + SPARE, (ours, theirs)

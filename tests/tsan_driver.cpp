@@ -96,6 +96,7 @@ int main(int argc, char** argv) {
   if (argc != 3) return std::fprintf(stderr, "tsan_driver CALLS SEED\n"), 2;
   const int calls = std::atoi(argv[1]);
   const uint64_t seed = std::strtoull(argv[2], nullptr, 10);
+  isa();  // importing the module chooses it
   std::vector<int> different(2);
   auto caller = [&](int who) {
     for (int i = who; i < calls; i += 2) {
