@@ -54,7 +54,7 @@ def _answers(call: Drawn, slack: float, rounded: bool) -> Answers:
     double = input.dtype == torch.float64
     real = np.longdouble if double else np.float64
     info = np.finfo(np.float64 if double else np.float32)
-    # The contract promises no ULP of float64: equal logits of 1000 lose some 20, where exponentials are relative to a shift.
+    # The contract promises no ULP of float64: 511 equal logits of 1000 lose 20, by the shift of their exponentials.
     eps, tiny = float(info.eps) * slack * (8 if double else 1), float(info.tiny)
     e, k, s, L = (options[name] for name in ("label_smoothing", "logit_scale", "softcap", "lse_square_scale"))
     x = as_rows(input, real)
