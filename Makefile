@@ -1,10 +1,10 @@
-# make demo | test | quick | bench | lint | format | clean. The environment in .venv is made on the first call.
+# make demo | test | quick | bench | lint | format | sanitize | clean. The environment in .venv is made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test quick bench lint format build clean
+.PHONY: demo test quick bench lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/mnist_from_scratch.py $(ARGS)
@@ -29,6 +29,10 @@ format: .venv/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+# The C++ under AddressSanitizer, UndefinedBehaviorSanitizer and, where clang has it, ThreadSanitizer.
+sanitize: .venv/installed
+	PYTHON=$(BIN)/python tests/sanitize.sh $(ARGS)
 
 # On every call: ninja knows what changed, and does nothing in 0.2 s if nothing did.
 build: .venv/installed

@@ -62,14 +62,35 @@ def find_compiler() -> tuple[list[str], str]:
     return compiler, answer.stdout.strip()
 
 
+def accepted(compiler: list[str], flags: list[str], code: str) -> bool:
+    """Whether a library of this code compiles and links with the flags, beside the user's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(code)
+        words = ["-fPIC", *flags, *environment("CPPFLAGS", "CXXFLAGS"), *LINK, *environment("LDFLAGS")]
+        command = [*compiler, *words, str(source), "-o", str(source.with_suffix(".so"))]
+        return not subprocess.run(command, capture_output=True).returncode
+
+
+def hardening(compiler: list[str]) -> tuple[list[str], list[str]]:
+    """Flags of the compiler and of the linker that stop a wrong write early, as far as they have them.
+
+    A distribution's or user's own _FORTIFY_SOURCE stays; sanitizers and -O0 do not go with it.
+    """
+    asked = " ".join(environment("CPPFLAGS", "CFLAGS", "CXXFLAGS"))
+    compile_flags = ["-fstack-protector-strong"]
+    free = accepted(compiler, ["-O2"], "#ifdef _FORTIFY_SOURCE\n#error taken\n#endif\n")
+    if free and not ("-fsanitize" in asked or "-O0" in asked):
+        compile_flags.append("-D_FORTIFY_SOURCE=2")
+    found = [flag for flag in compile_flags if accepted(compiler, ["-O2", flag], "int nothing;\n")]
+    link_flags = ["-Wl,-z,relro", "-Wl,-z,now"]
+    return found, [flag for flag in link_flags if accepted(compiler, [flag], "int nothing;\n")]
+
+
 def openmp(compiler: list[str]) -> list[str]:
     """["-fopenmp"] where it compiles and links; [] elsewhere (Apple's clang), which gives single-threaded kernels."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "openmp.cpp")
-        source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
-        flags = ["-fPIC", "-fopenmp", *environment("CPPFLAGS", "CXXFLAGS"), *LINK, *environment("LDFLAGS")]
-        command = [*compiler, *flags, str(source), "-o", str(source.with_suffix(".so"))]
-        return [] if subprocess.run(command, capture_output=True).returncode else ["-fopenmp"]
+    code = "#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
+    return ["-fopenmp"] if accepted(compiler, ["-fopenmp"], code) else []
 
 
 class NinjaBuild(build_ext):
@@ -97,18 +118,18 @@ class NinjaBuild(build_ext):
             return ninja_syntax.escape(shlex.join(flags))
 
         compiler, machine = find_compiler()
-        parallel = openmp(compiler)
+        parallel, (hard, relro) = openmp(compiler), hardening(compiler)
         x86 = machine.startswith(("x86_64", "amd64"))
         wanted = os.environ.get("FUSED_CE_BUILD_ISAS", ",".join(X86)).split(",")
         isas = [name for name in X86 if x86 and name in wanted]
-        common = [*COMMON, *parallel, *(f"-DFUSED_CE_{name.upper()}" for name in isas)]
+        common = [*COMMON, *hard, *parallel, *(f"-DFUSED_CE_{name.upper()}" for name in isas)]
         python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
         user = environment("CPPFLAGS", "CFLAGS", "CXXFLAGS")  # last, so that they win
         with open(ROOT / folder / "build.ninja", "w") as file:
             ninja = ninja_syntax.Writer(file, width=10_000)
             ninja.variable("builddir", str(folder))
             compile_command = f"{words(*compiler, *common)} $flags -MD -MF $out.d -c $in -o $out {words(*user)}"
-            link_command = f"{words(*compiler, *LINK, *parallel)} $in -o $out {words(*environment('LDFLAGS'))}"
+            link_command = f"{words(*compiler, *LINK, *relro, *parallel)} $in -o $out {words(*environment('LDFLAGS'))}"
             ninja.rule("compile", compile_command, "compile $in", depfile="$out.d", deps="gcc")
             ninja.rule("link", link_command, "link $out")
             objects = []

@@ -104,25 +104,8 @@ def triton_rounds_like_hardware() -> Iterator[None]:
     if not INTERPRET:
         yield
         return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.cast_impl
-
-    def cast(self: Any, source: Any, to: Any) -> Any:
-        pair = (source.dtype.scalar, to.scalar)
-        if pair == (tl.float32, tl.bfloat16):
-            return TensorHandle(round_to_bfloat16(source.data), tl.bfloat16)
-        if pair == (tl.bfloat16, tl.float32):
-            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-        return original(self, source, to)
+    from interpreter import InterpreterBuilder, with_rounding
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "cast_impl", cast)
+        patch.setattr(InterpreterBuilder, "cast_impl", with_rounding(InterpreterBuilder.cast_impl))
         yield
-
-
-def round_to_bfloat16(data: np.ndarray) -> np.ndarray:  # float32 -> the bits of bfloat16 in uint16
-    bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(data), (bits >> 16) | 0x40, nearest).astype(np.uint16)

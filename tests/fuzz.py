@@ -1,0 +1,300 @@
+"""Random calls against float64 and against torch: `python tests/fuzz.py SECONDS SEED cpu|triton|reference|any`.
+
+A mismatch is printed with the command that repeats it, `python tests/fuzz.py --one SEED INDEX BACKEND`; the exit status
+is then 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+BACKEND = sys.argv[-1]
+if BACKEND == "triton":
+    os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accuracy import bits
+from fuzz_calls import Drawn, draw
+from fuzz_exact import Answers, Exact, answers, as_rows
+from oracle import composed
+from torch import Tensor
+
+from fused_ce import cross_entropy
+from fused_ce.options import Options
+
+torch_loss = F.cross_entropy
+PLAIN = ("ignore_index", "reduction", "label_smoothing")
+# Plain operators of PyTorch round more often than the kernels do.
+SLACK = {"reference": 6.0}
+# Faults that are known and not yet mended, by the name that each stands under below. Emptying this holds them, too.
+OPEN = (
+    *("upstream that is not finite", "16-bit in place", "argmax of NaN", "subnormal upstream"),
+    "entropy where the target is not the top",
+    "in place without rows",
+    "rounded transform",
+    "sums beyond float32 of a float64 loss",
+)
+
+
+def main() -> int:
+    if sys.argv[1] == "--one":
+        found = list(faults(int(sys.argv[2]), int(sys.argv[3]), Counter()))
+        print(*found or ["as it should be"], sep="\n")
+        return bool(found)
+    seconds, seed = float(sys.argv[1]), int(sys.argv[2])
+    seen: Counter[str] = Counter()
+    torch.set_num_threads(1)
+    begin, index, wrong = time.monotonic(), 0, 0
+    while time.monotonic() - begin < seconds:
+        for fault in faults(seed, index, seen):
+            wrong += 1
+            print(f"python tests/fuzz.py --one {seed} {index} {BACKEND}\n    {fault}", flush=True)
+        index += 1
+    print("options: " + ", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
+    print(f"{index} calls of seed {seed} on {BACKEND}, {index / seconds:.0f} a second: {wrong} mismatches")
+    return wrong > 0
+
+
+def faults(seed: int, index: int, seen: Counter[str]) -> Iterator[str]:
+    """What is wrong with a call, in words."""
+    call = draw(seed, index, BACKEND)
+    seen.update(f"{name}={value}".replace("torch.", "") for name, value in call.notes.items())
+    try:
+        for fault in _faults(call):
+            yield f"{fault}; {described(call)}"
+    except Exception as error:
+        yield f"{type(error).__name__}: {error}; {described(call)}"
+
+
+def described(call: Drawn) -> str:
+    shapes = f"{tuple(call.input.shape)} {call.input.stride()}, {tuple(call.target.shape)} {call.target.stride()}"
+    return f"{shapes}, {call.notes}, {call.keywords}, threads {call.threads}, g_lse {call.g_lse is not None}"
+
+
+def _faults(call: Drawn) -> Iterator[str]:
+    if "in place without rows" in OPEN and call.keywords["inplace"] and not call.input.numel():
+        return
+    theirs = plain_error(call)
+    if theirs is not None:
+        ours = error_of(lambda: run(call))
+        if type(ours) is not type(theirs):
+            yield f"torch raises {theirs!r}, fused_ce {ours!r}"
+        return
+    given = [tensor for tensor in (call.input, call.target, call.weight) if tensor is not None]
+    before = [bits(tensor.resolve_neg()) for tensor in given]
+    loss, stats, grad, d_target = run(call)
+    if not all(torch.equal(old, bits(tensor.resolve_neg())) for old, tensor in zip(before, given, strict=True)):
+        yield "an argument was changed"
+    exact = answers(call, SLACK.get(BACKEND, 1.0), "rounded transform" in OPEN)
+    if falls_back(call):
+        if not is_plain(call):
+            return  # torch's operators, as exact as those are
+        exact = None
+    hard = call.notes["values"] == "extreme"
+    if hard and loss.dtype.itemsize > call.input.itemsize and "sums beyond float32 of a float64 loss" in OPEN:
+        return
+    reference = torchs(call) if hard or exact is None else None
+    rows = call.input.shape[:1] + call.input.shape[2:] if call.input.dim() > 1 else ()
+    yield from shape_faults(call, loss, grad, rows)
+    if exact is None:
+        for name, ours, theirs in (("loss", loss, reference[0]), ("gradient", grad, reference[1])):
+            if not torch.equal(ours.nan_to_num(nan=7.0), theirs.to(ours.dtype).nan_to_num(nan=7.0)):
+                yield f"{name}: not torch's own, which the call falls back to"
+        return
+    yield from differs("loss", loss.reshape(exact.loss.value.shape), exact.loss, reference and reference[0])
+    yield from gradient_faults(call, grad, exact, reference)
+    if d_target is not None and not hard and call.upstream.isfinite().all():
+        got = torch.from_numpy(as_rows(d_target)).to(d_target.dtype)
+        yield from differs("gradient of the target", got, exact.d_target)
+    if stats is not None and not hard:
+        yield from stats_faults(call, stats, exact)
+    if is_plain(call):
+        yield from oracle_faults(call, exact)
+    if call.notes["rank"] == 2 and BACKEND in ("cpu", "any"):
+        again = run(call._replace(threads=3 - call.threads))
+        if not all(torch.equal(bits(a), bits(b)) for a, b in ((loss, again[0]), (grad, again[2]))):
+            yield f"other bits with {3 - call.threads} threads"
+
+
+def run(call: Drawn) -> tuple[Tensor, Any, Tensor, Tensor | None]:
+    """fused_ce's loss, output (with return_stats), gradient, and gradient of the target."""
+    torch.set_num_threads(call.threads)
+    try:
+        return _run(call)
+    finally:
+        torch.set_num_threads(1)
+
+
+def _run(call: Drawn) -> tuple[Tensor, Any, Tensor, Tensor | None]:
+    x = call.input.detach().requires_grad_()
+    t = call.target.detach().requires_grad_() if call.wants_target else call.target
+    logits = x.clone() if call.keywords["inplace"] else x
+    result = cross_entropy(logits, t, call.weight, backend=None if BACKEND == "any" else BACKEND, **call.keywords)
+    stats = result if call.keywords["return_stats"] else None
+    loss = result.loss if stats is not None else result
+    outputs, upstream = [loss], [call.upstream]
+    if call.g_lse is not None:
+        outputs, upstream = [loss, stats.lse], [call.upstream, call.g_lse]
+    grads = torch.autograd.grad(outputs, [x, t] if call.wants_target else [x], upstream)
+    return loss.detach(), stats, grads[0], grads[1] if call.wants_target else None
+
+
+def falls_back(call: Drawn) -> bool:
+    """Whether the call is one that docs/contract.md leaves to torch."""
+    both = call.weight is not None and call.keywords["label_smoothing"] > 0
+    return call.input.is_neg() or (call.target.dtype == torch.uint8 and both)
+
+
+def is_plain(call: Drawn) -> bool:
+    return Options(**{**call.keywords, "grad_scale": None}).is_plain
+
+
+def error_of(work: Callable[[], Any]) -> Exception | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
+
+
+def plain_error(call: Drawn) -> Exception | None:
+    options = {name: call.keywords[name] for name in PLAIN}
+    return error_of(lambda: torch_loss(call.input, call.target, call.weight, **options))
+
+
+def torchs(call: Drawn) -> tuple[Tensor, Tensor]:
+    """Loss and gradient by torch in the dtype that a kernel computes in, or in the call's own where it falls back."""
+    acc = torch.float64 if call.input.dtype == torch.float64 else torch.float32
+    if falls_back(call):
+        acc = call.keywords["dtype"] or call.input.dtype
+    options = Options(**{**call.keywords, "dtype": None, "grad_scale": None})
+    leaf = call.input.detach().requires_grad_()
+    weight = None if call.weight is None else call.weight.to(acc)
+    wide = call.target.is_floating_point() and acc != call.input.dtype and not falls_back(call)
+    target = call.target.to(acc) if wide else call.target
+    loss = composed(leaf.to(acc), target, weight, options)
+    return loss.detach(), torch.autograd.grad(loss, leaf, call.upstream.to(loss.dtype))[0]
+
+
+def shape_faults(call: Drawn, loss: Tensor, grad: Tensor, rows: tuple[int, ...]) -> Iterator[str]:
+    if loss.shape != (rows if call.keywords["reduction"] == "none" else ()) or loss.dtype != call.upstream.dtype:
+        yield f"loss of shape {tuple(loss.shape)}, {loss.dtype}"
+    if grad.shape != call.input.shape or grad.dtype != call.input.dtype:
+        yield f"gradient of shape {tuple(grad.shape)}, {grad.dtype}"
+
+
+def differs(name: str, got: Tensor, exact: Exact, torchs: Tensor | None = None, where: Any = None) -> Iterator[str]:
+    """Whether each number lies between the exact value less its bound and that plus its bound, both of them rounded.
+
+    `torchs` is for logits whose float32 sums overflow: then torch's result, or one no further from exact, will do.
+    """
+    value = np.asarray(exact.value, np.float64)
+    bound = np.where(np.isfinite(value), np.nan_to_num(np.asarray(exact.bound, np.float64), nan=np.inf), 0)
+    if torchs is not None:  # a square next to the largest number may overflow by a rounding
+        bound = np.where(np.abs(value) > torch.finfo(got.dtype).max / 4, np.inf, bound)
+    with np.errstate(all="ignore"):
+        low, high = (torch.from_numpy(np.asarray(end)).to(got.dtype) for end in (value - bound, value + bound))
+    good = ((got >= low) & (got <= high)) | (got.isnan() & low.isnan())
+    if where is not None:
+        good = good | ~torch.from_numpy(where)
+    if torchs is not None and not good.all():
+        torchs = torchs if got.dim() < 2 else torch.from_numpy(as_rows(torchs))
+        torchs = torchs.to(got.dtype).reshape(got.shape)
+        error, torch_error = ((one.double() - torch.from_numpy(value)).abs() for one in (got, torchs))
+        good = good | (error <= torch_error) | (~torchs.isfinite() & ~got.isfinite()) | ~torchs.isfinite()
+    if good.all():
+        return
+    at = tuple(int(i) for i in (~good).nonzero()[0])
+    result, truth, allowed = got[at].item(), float(value[at]), float(bound[at])
+    off = abs(result - truth) / allowed if allowed else float("inf")
+    many = f"{int((~good).sum())} of {tuple(got.shape)}"
+    yield f"{name} at {at}, {many}: {result!r}, exact {truth!r}, {off:.2f} bounds"
+
+
+def gradient_faults(call: Drawn, grad: Tensor, exact: Answers, reference: Any) -> Iterator[str]:
+    got = torch.from_numpy(as_rows(grad)).to(grad.dtype)
+    half = grad.itemsize == 2
+    finite = torch.broadcast_to(call.upstream.isfinite().reshape(-1), (len(exact.counted),)).numpy()
+    if not finite.all():
+        if exact.counted[~finite].any() and got[torch.from_numpy(exact.counted & ~finite)].isfinite().any():
+            yield "gradient: finite under an upstream gradient that is not"
+        if "upstream that is not finite" in OPEN:
+            return
+    ones = bool((call.upstream == 1).all()) and call.keywords["grad_scale"] is None
+    if "16-bit in place" in OPEN and half and call.keywords["inplace"] and not ones:
+        return
+    if "subnormal upstream" in OPEN and call.notes["upstream"] == "subnormal":
+        return
+    where = np.array(np.broadcast_to(finite[:, None] | ~exact.counted[:, None], got.shape))
+    yield from differs("gradient", got, exact.grad, None if reference is None else reference[1], where)
+
+
+def stats_faults(call: Drawn, stats: Any, exact: Answers) -> Iterator[str]:
+    for name in ("lse", "entropy", "z_loss"):
+        got, truth = getattr(stats, name).detach(), getattr(exact, name)
+        if name == "entropy" and "entropy where the target is not the top" in OPEN:
+            eps = 100 * torch.finfo(got.dtype).eps
+            truth = truth._replace(bound=truth.bound + np.where(exact.counted, eps, 0))
+        yield from differs(name, got.reshape(truth.value.shape), truth)
+    argmax, z = stats.argmax.reshape(-1).numpy(), exact.z
+    if (argmax[~exact.counted] != -1).any():
+        yield "argmax of an ignored row"
+    if "argmax of NaN" in OPEN and BACKEND == "triton" and np.isnan(z).any():
+        return
+    best = z.argmax(1)
+    each = np.arange(len(z))[exact.counted]
+    if not ((argmax[each] >= 0) & (argmax[each] < z.shape[1])).all():
+        yield "argmax out of range"
+        return
+    same = argmax[each] == best[each]
+    if call.keywords["softcap"] is not None or call.keywords["logit_scale"] != 1.0:  # rounding may make z equal
+        eps = 4 * (2.3e-16 if call.input.dtype == torch.float64 else 1.2e-7) * np.abs(z[each, best[each]])
+        same = same | (z[each, best[each]] - z[each, argmax[each]] <= eps)
+    if not same.all():
+        yield f"argmax {argmax[each][~same][:3]}, not {best[each][~same][:3]}"
+    label = as_rows(call.target).argmax(1) if call.target.is_floating_point() else call.target.reshape(-1).numpy()
+    if (stats.correct.reshape(-1).numpy() != ((argmax == label) & exact.counted)).any():
+        yield "correct is not (argmax == target)"
+
+
+def oracle_faults(call: Drawn, exact: Answers) -> Iterator[str]:
+    """The oracle against torch in float64, where torch can express the call; what is in P7 is left out."""
+    if call.keywords["label_smoothing"] == 1.0 and call.notes["values"] == "-inf":
+        return  # (1 - e) inf is NaN to torch, though (1 - e) is 0
+    if call.notes["weight"] == "zeros" and call.keywords["label_smoothing"] > 0 and np.isinf(exact.loss.value).all():
+        return  # divided by weights that add up to 0: torch adds 0 / 0 for the target to inf for the other classes
+    x = call.input.detach().double()
+    if not call.target.is_floating_point():
+        ignored = call.target == call.keywords["ignore_index"]
+        x = torch.where(ignored.unsqueeze(1) if x.dim() > 1 else ignored, 0, x)
+    x.requires_grad_()
+    target = call.target.double() if call.target.is_floating_point() else call.target
+    weight = None if call.weight is None else call.weight.double()
+    options = {name: call.keywords[name] for name in PLAIN}
+    loss = torch_loss(x, target, weight, **options)
+    if call.notes["values"] == "extreme" and call.input.dtype == torch.float64:
+        return  # sums overflow there, and not in the oracle's wider type
+    coarse = Exact(exact.loss.value, exact.loss.bound + exact.coarse_loss)
+    yield from differs("torch against the oracle, loss", loss.detach().reshape(coarse.value.shape), coarse)
+    if call.upstream.isfinite().all() and np.isfinite(np.asarray(exact.loss.value, float)).all():
+        grad = torch.autograd.grad(loss, x, call.upstream.double())[0]
+        coarse = Exact(exact.grad.value, exact.grad.bound + exact.coarse_grad)
+        yield from differs("torch against the oracle, gradient", torch.from_numpy(as_rows(grad)), coarse)
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    if BACKEND == "triton":
+        from interpreter import round_like_hardware
+
+        round_like_hardware()
+    sys.exit(main())
