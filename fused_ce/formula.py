@@ -88,7 +88,8 @@ def row_lse(
     if q is not None:
         q = without_y(q)
         q_others = q.sum(-1)
-        q_drop = (q * without_y(drop)).sum(-1)  # not 0 * drop, which is NaN where z_y is -inf
+        drop_c = without_y(drop)  # not 0 * drop, which is NaN where z_y is -inf
+        q_drop = torch.where((drop_c == 0) & q.isinf(), 0, q * drop_c).sum(-1)  # a weight may be infinite
     return RowSums(
         m,
         e_c.sum(-1),

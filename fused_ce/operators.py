@@ -26,7 +26,10 @@ class Rows(NamedTuple):
 
 def rows_of(call: Call) -> Rows:
     input, target, weight, options = call
+    # float32 would round z by 1e-6 near 30, and a scale w / D of tiny weights away.
+    changed = options.logit_scale != 1 or options.softcap is not None
     wide = torch.float64 in (input.dtype, options.dtype, target.dtype)
+    wide = wide or ((changed or weight is not None) and input.device.type != "mps")  # which has no float64
     acc = torch.float64 if wide else torch.float32
     x = as_rows(input).to(acc)
     w = None if weight is None else weight.to(acc)
@@ -105,8 +108,8 @@ def composite(call: Call) -> tuple[Tensor, Stats | None]:
     if options.return_stats:
         lse, z_loss, argmax, entropy = row_stats(rows.sums, options)
         lse, z_loss, entropy = (torch.where(counted, value, 0) for value in (lse, z_loss.detach(), entropy.detach()))
-        argmax = torch.where(counted, argmax, -1)
-        stats = Stats(*(value.reshape(shape) for value in (lse, z_loss, argmax, entropy)))
+        lse, z_loss, entropy = (value.to(call.acc).reshape(shape) for value in (lse, z_loss, entropy))
+        stats = Stats(lse, z_loss, torch.where(counted, argmax, -1).reshape(shape), entropy)
     return total.to(options.dtype or promoted), stats
 
 

@@ -21,11 +21,13 @@ from .contract import Backend, Call, Stats, Upstream
 from .options import Options
 
 _CALL = "Tensor input, Tensor target, Tensor? weight"
-# The fields of Options but the last three, which a graph has no use for, and the backend's name.
+# The fields of Options but the last three, which a graph has no use for, and the backend's name. Numbers are tensors of
+# the CPU, None where one is the default: a graph would be made again for each new value of a float.
 _OPTIONS = (
-    "int ignore_index, float label_smoothing, float logit_scale, float? softcap, float lse_square_scale, "
+    "SymInt ignore_index, Tensor? label_smoothing, Tensor? logit_scale, Tensor? softcap, Tensor? lse_square_scale, "
     "str reduction, ScalarType dtype, Tensor? num_items, str? backend"
 )
+_DEFAULTS = Options()
 _LIBRARY: Any = torch.library.Library("fused_ce", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIBRARY.define(
@@ -54,13 +56,25 @@ def arguments(call: Call, backend: str | None) -> tuple[Any, ...]:
     if num_items is not None and not isinstance(num_items, Tensor):
         num_items = torch.full((), num_items, dtype=torch.float64, device=input.device)
     dtype = options.dtype or input.dtype
-    return input, target, weight, *options[:5], options.reduction, dtype, num_items, backend
+    numbers = [
+        # A product, because that is what torch.compile knows to keep symbolic.
+        None if value is None or value == default else torch.ones((), dtype=torch.float64, device="cpu") * value
+        for value, default in zip(options[1:5], _DEFAULTS[1:5], strict=True)
+    ]
+    return input, target, weight, options.ignore_index, *numbers, options.reduction, dtype, num_items, backend
 
 
-def _chosen(input: Tensor, target: Tensor, weight: Tensor | None, fields: Sequence[Any]) -> tuple[Call, Backend]:
-    """The call and its backend, from the operators' arguments."""
-    *options, backend = fields
-    call = Call(input, target, weight, Options(*options))
+def _chosen(
+    input: Tensor, target: Tensor, weight: Tensor | None, fields: Sequence[Any], values: bool = True
+) -> tuple[Call, Backend]:
+    """The call and its backend, from the operators' arguments; without `values` the numbers of the call are unknown."""
+    ignore_index, *numbers, reduction, dtype, num_items, backend = fields
+    e, k, s, L = (
+        default if number is None or not values else number.item()
+        for number, default in zip(numbers, _DEFAULTS[1:5], strict=True)
+    )
+    options = Options(ignore_index, e, k, s, L, reduction, dtype, num_items)
+    call = Call(input, target, weight, options)
     return call, dispatch.choose(call, backend) or dispatch.BACKENDS["reference"]
 
 
@@ -94,7 +108,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *fields, wants_grad, wants_stats = rest
-    call, backend = _chosen(input, target, weight, fields)
+    call, backend = _chosen(input, target, weight, fields, values=False)
     shape, options = call.row_shape, call.options
     loss = input.new_empty(shape if options.reduction == "none" else (), dtype=options.dtype)
     saved = input.new_empty(backend.saved_shape(call), dtype=torch.float64) if wants_grad else None

@@ -14,6 +14,7 @@ from .tiles import (
     load_scalar,
     load_y,
     locate,
+    row_dtype,
     sweep,
     tile_indices,
 )
@@ -40,6 +41,7 @@ def backward(
     """
     logits, saved = given.logits, received.saved
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
+    ROW: tl.constexpr = row_dtype(logits.ptr.dtype, TRAITS)
     ALIGN: tl.constexpr = TILING.ALIGN
     if TRAITS.UNLESS_EXPECTED:
         if tl.load(received.loss.ptr).to(tl.float64) == load_scalar(received.expected, 0, tl.float64):
@@ -49,12 +51,12 @@ def backward(
     options = Options(
         C,
         tl.full((), e, ACC),
-        tl.full((), k, ACC) if TRAITS.SCALED else None,
-        tl.full((), s, ACC) if TRAITS.SOFTCAP else None,
-        tl.full((), L, ACC) if TRAITS.Z_LOSS else None,
+        tl.full((), k, ROW) if TRAITS.SCALED else None,
+        tl.full((), s, ROW) if TRAITS.SOFTCAP else None,
+        tl.full((), L, ROW) if TRAITS.Z_LOSS else None,
     )
-    D = load_scalar(received.norm, 0, ACC)
-    ratio = D / load_scalar(received.norm, 1, ACC)
+    D = load_scalar(received.norm, 0, ROW)
+    ratio = D / load_scalar(received.norm, 1, ROW)
     r, lanes = tile_indices(TILING.ROWS, TILING.BLOCK)
     for p in range(tl.program_id(0), groups, tl.num_programs(0)):
         group = load_group(p, r, given, C, inner, ignore_index, None, TRAITS.PROBS)
@@ -63,19 +65,19 @@ def backward(
         t_at = locate(given.target, given.sizes, group, ALIGN) if TRAITS.PROBS else None
         dt_at = None if grads.target.ptr is None else locate(grads.target, given.sizes, group, ALIGN)
         source = Source(given, x_at, t_at, row_mask if logits.inner is None else group.counted)
-        m = tl.load(saved + rows * 4, mask=row_mask, other=0.0).to(ACC)
-        so = tl.load(saved + rows * 4 + 1, mask=row_mask, other=0.0).to(ACC)
-        q_others = tl.load(saved + rows * 4 + 2, mask=row_mask, other=0.0).to(ACC)
+        m = tl.load(saved + rows * 4, mask=row_mask, other=0.0).to(ROW)
+        so = tl.load(saved + rows * 4 + 1, mask=row_mask, other=0.0).to(ROW)
+        q_others = tl.load(saved + rows * 4 + 2, mask=row_mask, other=0.0).to(ROW)
         if TRAITS.PROBS:
             y = tl.load(saved + rows * 4 + 3, mask=row_mask, other=1.0).to(tl.int32)
-        zero = tl.zeros(r.shape, ACC)
+        zero = tl.zeros(r.shape, ROW)
         z_y, q_y = load_y(source, y, m, options)
         sums = RowSums(m, so, z_y, q_y, q_others, zero, zero, y)
-        scale = tl.load(received.loss.ptr + rows * received.loss.step, mask=row_mask, other=0.0).to(ACC) / D
+        scale = tl.load(received.loss.ptr + rows * received.loss.step, mask=row_mask, other=0.0).to(ROW) / D
         g_lse = zero
         if received.lse is not None:
-            g_lse = tl.load(received.lse.ptr + rows * received.lse.step, mask=row_mask, other=0.0).to(ACC)
-        factors = grad_factors(sums, options, scale, ratio, g_lse)
+            g_lse = tl.load(received.lse.ptr + rows * received.lse.step, mask=row_mask, other=0.0).to(ROW)
+        factors = grad_factors(sums, options, scale, ratio, g_lse, ACC)
         if TRAITS.INPLACE:
             tl.debug_barrier()  # no warp may still be reading y's logit
         terms = RowTerms(y, m, minus_m(sums), factors, (1.0 - options.e) * scale)

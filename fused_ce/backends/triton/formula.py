@@ -11,11 +11,15 @@ import triton
 import triton.language as tl
 
 from ...contract import RowSums, Stats
-from .math import exp, log1p, tanh
+from .math import exp, exp_minus, log1p, tanh
 
 
 class Options(NamedTuple):
-    """The numbers of a call, in the dtype that it is computed in; None where one would change nothing."""
+    """The numbers of a call; None where one would change nothing.
+
+    e is in the dtype of the logits' arithmetic, k, s and L in that of a row's values: it is float64 where a scale or a
+    softcap makes z of float32 logits, which near 30 would be rounded by 1e-6, and a loss is a difference of such z.
+    """
 
     C: Any  # int
     e: Any
@@ -34,7 +38,7 @@ class LaneSums(NamedTuple):
 
 
 class GradFactors(NamedTuple):
-    """What a row's gradient is made of besides exp(z - m) and q, (R, 1) each."""
+    """What a row's gradient is made of besides exp(z - m) and q, (R, 1) each, in the dtype of the tiles."""
 
     p_scale: Any  # of exp(z - m)
     scale: Any  # of q
@@ -55,11 +59,12 @@ def transform(x, options):  # (R, B) -> (R, B)
 def transform_grad(x, options):  # (R, B) -> dz/dx
     if options.s is not None:
         # 1 - (z / s)^2 as 1 / cosh^2, from x: near the cap z / s rounds to 1 and the difference is lost.
-        E = exp(-2.0 * tl.abs((x if options.k is None else x * options.k) / options.s), True)
+        u = ((x if options.k is None else x * options.k) / options.s).to(x.dtype)
+        E = exp(-2.0 * tl.abs(u), True)
         slope = 4.0 * E / ((1.0 + E) * (1.0 + E))
-        slope = slope if options.k is None else slope * options.k
+        slope = slope if options.k is None else slope * options.k.to(x.dtype)
     else:
-        slope = 1.0 if options.k is None else options.k
+        slope = 1.0 if options.k is None else options.k.to(x.dtype)
     return slope
 
 
@@ -78,8 +83,8 @@ def row_lse(
 ):
     """exp(z - m) of one tile, 0 for y, and the sums with this tile's classes other than y."""
     so, q_others, q_drop, e_drop = sums.so, sums.q_others, sums.q_drop, sums.e_drop
-    drop = finite(m) - z
-    e_c = tl.where(is_y, 0.0, exp(-drop, EXACT))
+    drop = (finite(m) - z).to(q.dtype)
+    e_c = tl.where(is_y, 0.0, exp_minus(z, finite(m), q.dtype, EXACT))
     so += e_c
     if DENSE:
         others = col_mask & ~is_y
@@ -195,13 +200,14 @@ def grad_factors(
     scale,  # (R, 1), upstream gradient of the cross entropy
     ratio,  # (), that of the z-loss in units of scale; None without z-loss
     g_lse,  # (R, 1), upstream gradient of lse
+    ACC: tl.constexpr,
 ):
     e_y, a_others = exp(sums.z_y - sums.m, True), sums.q_others
     if options.L is not None:
         a_others += 2.0 * options.L * ratio * (sums.m + minus_m(sums))
     others, total = scale * a_others + g_lse, sums.so + e_y
     dz_y = others * (e_y / total) - scale * sums.q_y * (sums.so / total)
-    return GradFactors((others + scale * sums.q_y) / total, scale, dz_y)
+    return GradFactors(((others + scale * sums.q_y) / total).to(ACC), scale.to(ACC), dz_y.to(ACC))
 
 
 @triton.jit

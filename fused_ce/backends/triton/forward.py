@@ -18,6 +18,7 @@ from .tiles import (
     load_y,
     locate,
     offset,
+    row_dtype,
     store_tile,
     sweep,
     tile_indices,
@@ -47,6 +48,7 @@ def forward(
     """
     logits = given.logits
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
+    ROW: tl.constexpr = row_dtype(logits.ptr.dtype, TRAITS)
     EXACT: tl.constexpr = is_float32(logits.ptr.dtype)
     ALIGN: tl.constexpr = TILING.ALIGN
     BLOCK: tl.constexpr = TILING.BLOCK
@@ -56,12 +58,12 @@ def forward(
     options = Options(
         C,
         tl.full((), e, ACC),
-        tl.full((), k, ACC) if TRAITS.SCALED else None,
-        tl.full((), s, ACC) if TRAITS.SOFTCAP else None,
-        tl.full((), L, ACC) if TRAITS.Z_LOSS else None,
+        tl.full((), k, ROW) if TRAITS.SCALED else None,
+        tl.full((), s, ROW) if TRAITS.SOFTCAP else None,
+        tl.full((), L, ROW) if TRAITS.Z_LOSS else None,
     )
-    D = load_scalar(shared.norm, 0, ACC)
-    ratio = D / load_scalar(shared.norm, 1, ACC)
+    D = load_scalar(shared.norm, 0, ROW)
+    ratio = D / load_scalar(shared.norm, 1, ROW)
     r, lanes = tile_indices(TILING.ROWS, BLOCK)
     for p in tl.range(tl.program_id(0), groups, tl.num_programs(0), disable_licm=True):
         group = load_group(p, r, given, C, inner, ignore_index, shared.bad, TRAITS.PROBS)
@@ -69,7 +71,7 @@ def forward(
         t_at = locate(given.target, given.sizes, group, ALIGN) if TRAITS.PROBS else None
         # Ignored rows are not read, unless rows lie side by side: a mask with gaps would part a wide load.
         source = Source(given, x_at, t_at, group.row_mask if logits.inner is None else group.counted)
-        zero, lowest = tl.zeros(r.shape, ACC), tl.full(r.shape, float("-inf"), ACC)
+        zero, lowest = tl.zeros(r.shape, ROW), tl.full(r.shape, float("-inf"), ROW)
         if PIECES:
             z_y, q_y = zero, zero
             if not TRAITS.PROBS:
@@ -104,8 +106,8 @@ def forward(
                 if TRAITS.INPLACE:
                     tl.debug_barrier()  # no warp may still be reading these rows
                 dx_at = locate(out.grad, given.sizes, group, ALIGN)
-                scale = zero + load_scalar(shared.expected, 0, ACC) / D
-                factors = grad_factors(sums, options, scale, ratio, zero)
+                scale = zero + load_scalar(shared.expected, 0, ROW) / D
+                factors = grad_factors(sums, options, scale, ratio, zero, ACC)
                 if PIECES and TILING.VECTOR == 1:
                     for t in tl.static_range(PIECES):
                         x, e_c, q = tiles[t]
@@ -144,8 +146,8 @@ def load_sums(
     BLOCK: tl.constexpr = lanes.shape[-1]
     COUNT: tl.constexpr = PIECES if PIECES else 1
     EXACT: tl.constexpr = is_float32(logits.ptr.dtype)
-    nothing = tl.zeros_like(y + lanes).to(q_y.dtype)
-    tiles, highest, at = (), nothing + float("-inf"), nothing.to(tl.int32) + C
+    nothing = tl.zeros_like(y + lanes).to(accumulator(logits.ptr.dtype))
+    tiles, highest, at = (), nothing.to(q_y.dtype) + float("-inf"), nothing.to(tl.int32) + C
     for i in tl.static_range(COUNT):
         cols = lanes + (start + i * BLOCK)
         # Every class of the pieces before the last exists, so their loads need no mask.

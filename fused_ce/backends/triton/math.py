@@ -23,6 +23,24 @@ def exp(d, EXACT: tl.constexpr):
 
 
 @triton.jit
+def exp_minus(z, m, ACC: tl.constexpr, EXACT: tl.constexpr):
+    """exp(z - m) in ACC, of numbers of that dtype or of float64."""
+    d = z - m
+    high = d.to(ACC)
+    p = exp(high, EXACT)
+    if EXACT:
+        # Rounding z - m would cost a relative |z - m| 2^-24: what was rounded off is given back, found by Knuth's
+        # two-sum where z is no wider than the result.
+        if d.dtype == ACC:
+            minus_m = d - z
+            low = (z - (d - minus_m)) - (m + minus_m)
+        else:
+            low = (d - high.to(d.dtype)).to(ACC)
+        p = tl.fma(p, tl.where(high > -150.0, low, 0.0), p)  # (-inf) - (-inf) would be NaN
+    return p
+
+
+@triton.jit
 def log1p(u):
     # Kahan: log(v) / (v - 1) hardly changes with v, so it matters little that v is not exactly 1 + u.
     v = 1.0 + u

@@ -92,7 +92,9 @@ def cut(call: Call, sizes: Sequence[int], views: Sequence[Matrix | None], held: 
     side = pixels if pixels > 1 else 1 if logits.col is None else 32
     dense, softcap = call.has_probs or options.smoothing > 0, options.softcap is not None
     weighted = dense and not call.has_probs and weight is not None
-    extra = (input.dtype == torch.float64) + softcap + dense + call.has_probs + weighted + options.return_stats
+    changed = options.logit_scale != 1 or softcap
+    wide = input.dtype == torch.float64 or (input.dtype == torch.float32 and changed)  # see `formula.Options`
+    extra = wide + softcap + dense + call.has_probs + weighted + options.return_stats
     where = device(input)
     chosen, align = plan(C, input.dtype, side, extra, held, where), alignment(C, sizes[-1], views)
     vector = 16 // input.itemsize

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .formula import finite, row_grad, target_grad, transform
-from .math import exp
+from .math import exp_minus
 
 
 class RowGroup(NamedTuple):
@@ -55,6 +55,13 @@ def accumulator(pointer):
 @triton.constexpr_function
 def is_float32(pointer):
     return pointer.element_ty == tl.float32
+
+
+@triton.constexpr_function
+def row_dtype(pointer, traits):
+    """Of a row's values, see `formula.Options`."""
+    wide = is_float32(pointer) and (traits.SCALED or traits.SOFTCAP)
+    return tl.float64 if wide else accumulator(pointer)
 
 
 @triton.jit
@@ -199,7 +206,7 @@ def store_grads(
     """The gradients of one tile, from the logits."""
     logits, weight = source.given.logits, source.given.weight
     x, z, q = load_tile(source, x_at, cols, col_mask, options, DENSE, ALIGN, "evict_first")
-    e_c, mask = exp(z - finite(terms.m), is_float32(logits.ptr.dtype)), group.row_mask & col_mask
+    e_c, mask = exp_minus(z, finite(terms.m), q.dtype, is_float32(logits.ptr.dtype)), group.row_mask & col_mask
     dx = row_grad(x, e_c, q, cols == terms.y, terms.factors, options, DENSE)
     store_tile(sink.grads.input, dx_at, tl.where(group.counted, dx, 0.0), mask)  # an ignored row may hold NaN
     if sink.dt_at is not None:
