@@ -69,11 +69,11 @@ def _chosen(
 ) -> tuple[Call, Backend]:
     """The call and its backend, from the operators' arguments; without `values` the numbers of the call are unknown."""
     ignore_index, *numbers, reduction, dtype, num_items, backend = fields
-    e, k, s, L = (
+    known: list[Any] = [
         default if number is None or not values else number.item()
         for number, default in zip(numbers, _DEFAULTS[1:5], strict=True)
-    )
-    options = Options(ignore_index, e, k, s, L, reduction, dtype, num_items)
+    ]
+    options = Options(ignore_index, *known, reduction=reduction, dtype=dtype, num_items=num_items)
     call = Call(input, target, weight, options)
     return call, dispatch.choose(call, backend) or dispatch.BACKENDS["reference"]
 
