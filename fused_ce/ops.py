@@ -73,7 +73,8 @@ def _chosen(
         default if number is None or not values else number.item()
         for number, default in zip(numbers, _DEFAULTS[1:5], strict=True)
     ]
-    options = Options(ignore_index, *known, reduction=reduction, dtype=dtype, num_items=num_items)
+    e, k, s, L = known
+    options = Options(ignore_index, e, k, s, L, reduction, dtype, num_items)
     call = Call(input, target, weight, options)
     return call, dispatch.choose(call, backend) or dispatch.BACKENDS["reference"]
 
