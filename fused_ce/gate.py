@@ -96,12 +96,16 @@ def _judged_by_torch(call: Call) -> Call:
     call = _with_loss_dtype(call)
     dtype = call.options.dtype or input.dtype
     kind = dtype if call.options.dtype or weight is None else weight.dtype
-    # Shapes by tensors that hold nothing, dtypes by small ones: not by a second pass over the logits.
-    shapes = input.shape, target.shape, () if weight is None else weight.shape
-    small = (1, 1), (1, 1) if target.is_floating_point() else (1,), (1,)
-    for device, sizes in ((torch.device("meta"), shapes), (input.device, small)):
-        x, t = (torch.zeros(sizes[i], dtype=of, device=device) for i, of in enumerate((dtype, target.dtype)))
-        w = None if weight is None else torch.zeros(sizes[2], dtype=kind, device=device)
+    # Not by a second pass over the logits: one row of zeros knows the dtypes and weights, and tensors that hold nothing
+    # the shapes.
+    row = 1, input.shape[1 if input.dim() > 1 else 0] if input.dim() else 1
+    one = row, row if target.is_floating_point() else (1,)
+    for device, (of_input, of_target) in ((input.device, one), (torch.device("meta"), (input.shape, target.shape))):
+        x, t = (
+            torch.zeros(of_input, dtype=dtype, device=device),
+            torch.zeros(of_target, dtype=target.dtype, device=device),
+        )
+        w = None if weight is None else torch.zeros(weight.shape, dtype=kind, device=device)
         _by_torch(x, t, w, options)
     if target.is_cpu and not target.is_floating_point() and not (_unusual(call) or _torch.is_dispatched()):
         operators.check_target(call)
