@@ -22,6 +22,7 @@ template <class F, bool MANY> struct RowGroup {
   V lost[4] = {};               // of so, q_others, q_drop, e_drop
   V best = {};                  // the largest z so far
   I largest = {};               // and its class
+  V lowest, t_0, unit;          // see exp_above; exp(z - m) is kept in units of this
   I y = {}, counted = I{} - 1;  // counted: all bits set in rows that are not ignored
 
   INLINE RowGroup(const Call& call, int64_t first, int n, void* scratch)
@@ -72,7 +73,7 @@ template <class F, bool MANY> struct RowGroup {
 
   INLINE Pair<V> z_of(int64_t i) const { return {z[i], F::CHANGED ? low[i] : V{}}; }
   INLINE V exp_of_z(int64_t i, const Pair<V>& m) const {
-    return exp_minus<A>(z[i], m.high, F::CHANGED ? m.low - low[i] : V{});
+    return exp_minus<A>(z[i], m.high, F::CHANGED ? m.low - low[i] : V{}, lowest, t_0);
   }
 
   INLINE void load_y() {
@@ -110,6 +111,20 @@ template <class F, bool MANY> struct RowGroup {
           else q[c - begin] = splat(block[c - from]);
       }
     }
+  }
+
+  // The upstream gradient of each row, and room for what exp(z - m) may be multiplied by.
+  INLINE V load_scale() {
+    const A* const upstream = static_cast<const A*>(call.upstream);
+    V scale = splat(A(call.scale)), more = splat(A(headroom(call.scale)));
+    if (upstream)
+      for (int i = 0; i < n; i++) {
+        const double of_row = call.scale * double(upstream[first + i]);
+        scale[i] = A(of_row), more[i] = A(headroom(of_row));
+      }
+    lowest = Constants<A>::lowest - more * A(0.69314718055994530942), t_0 = Constants<A>::round - more;
+    unit = multiply_power(V{}, t_0, splat(Constants<A>::round));  // 2^-more
+    return scale;
   }
 
   // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
@@ -199,7 +214,7 @@ template <class F, bool MANY> struct RowGroup {
   template <bool KEPT> INLINE void write_grad(const GradFactors<V, A>& factors) {
     const bool capped = F::CHANGED && o.softcap > 0;
     const V k = capped ? splat(A(1)) : splat(A(o.logit_scale));
-    const V p_scale = k * factors.p_scale, scale = k * factors.scale, dz_y = k * factors.dz_y;
+    const V p_scale = k * factors.p_scale * unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
     const Pair<V> m = this->m;
     const I y = this->y - Index(start()), counted = this->counted;
     StridedRows<F>(call, call.grad, first, n, begin, end)
@@ -240,10 +255,11 @@ template <class F, bool MANY> struct RowGroup {
 
 template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   TYPES(F);
-  const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
+  const A* const g_lse = static_cast<const A*>(call.g_lse);
   for (int64_t first = begin; first < end; first += F::lanes) {
     const int n = end - first < F::lanes ? int(end - first) : F::lanes;
     RowGroup<F, MANY> group(call, first, n, scratch);
+    const V scale = group.load_scale();
     if (call.loss) {
       const bool ranks = call.probs || call.stats;
       group.for_each_chunk([&]() LAMBDA {
@@ -251,7 +267,8 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
       });
       if (call.probs) group.y = group.largest;
       group.for_each_chunk([&]() LAMBDA { group.template add_chunk<KEEP>(); });
-      group.sums.so += group.lost[0];
+      group.sums.so = (group.sums.so + group.lost[0]) * group.unit;
+      group.sums.e_drop *= group.unit;
     } else {
       group.read_saved();
     }
@@ -260,9 +277,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
     if (call.loss) group.write_rows(row);
     if (call.stats) group.write_stats(row, group.largest);
     if (!call.grad.data && !call.d_target.data) continue;
-    V scale = splat(A(call.scale)), of_lse = {};
-    if (upstream)
-      for (int i = 0; i < n; i++) scale[i] = A(call.scale * double(upstream[first + i]));
+    V of_lse = {};
     if (g_lse) of_lse = load_first(g_lse + first, n);
     const GradFactors<V, A> factors(row, call, scale, of_lse);
     group.for_each_chunk([&]() LAMBDA {

@@ -70,12 +70,21 @@ template <class A, class V> INLINE V exp(V x, V rest = V{}) {
   return exp_above<A>(x, rest, splat(K::lowest), splat(K::round));
 }
 
+// How many powers of two above its value an exponential is computed, so that it is not yet 0 where its product with
+// `scale` would be: a gradient is right down to the smallest number, for any upstream gradient.
+INLINE int headroom(double scale) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &scale, sizeof bits);
+  const int power = int(bits >> 52 & 0x7ff) - 1023 + 24;  // 24: the bits of a float
+  return power < 0 ? 0 : power > 96 ? 96 : power;         // so large that 2^31 classes can still be summed
+}
+
 // exp(z - m - below) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at
 // -50: the rounded-off part is given back (Knuth's two-sum).
-template <class A, class V> INLINE V exp_minus(V z, V m, V below) {
+template <class A, class V> INLINE V exp_minus(V z, V m, V below, V lowest, V t_0) {
   const V d = z - m, minus_m = d - z;
-  const V result = exp<A>(d, (z - (d - minus_m)) - (m + minus_m) - below);
-  return d < Constants<A>::lowest ? V{} : result;  // minus infinity has no rest
+  const V result = exp_above<A>(d, (z - (d - minus_m)) - (m + minus_m) - below, lowest, t_0);
+  return d < lowest ? V{} : result;  // minus infinity has no rest
 }
 
 // exp(z + low - m) for z <= m and one m, but for a factor that is known to double precision: what is subtracted is a
@@ -87,11 +96,12 @@ template <class A> struct Shifted {
   V base, lowest, t_0;
   double shift;
 
-  INLINE explicit Shifted(A m) {
+  INLINE Shifted(A m, int headroom) {
     const A b = __builtin_fabs(m) < K::near ? A(0) : m, rest = m - b;
     const A t = rest * A(1.442695040888963407) + K::round;  // as in expm1_reduced
-    base = splat(b), lowest = splat(rest + K::lowest), t_0 = splat(t);
-    shift = double(b) + double(t - K::round) * 0.69314718055994530942;
+    const A first = t - A(headroom);
+    base = splat(b), lowest = splat(rest + K::lowest - A(headroom * 0.69314718055994530942)), t_0 = splat(first);
+    shift = double(b) + double(first - K::round) * 0.69314718055994530942;
   }
   INLINE V exp(V z, V low) const { return exp_above<A>(z - base, low, lowest, t_0); }
 };
