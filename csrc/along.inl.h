@@ -119,7 +119,7 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
     if (wants_stats) add(total[3], lost[3], sums.e_drop);
   }
   const bool holds_y = begin <= y && y < end;
-  const double shift = m == -infinity_of(m) ? m : shifted.shift, factor = exp_of(shift - top);
+  const double shift = m == -infinity_of(m) ? m : shifted.shift, factor = exp_of(shift - top) * shifted.unit;
   return {{m, lane_sum(total[0], lost[0]) * factor, holds_y ? row.z_y : -infinity_of(0.0), holds_y ? row.q_y : 0,
            lane_sum(total[1], lost[1]), lane_sum(total[2], lost[2]), lane_sum(total[3], lost[3]) * factor, -1},
           shift};
@@ -133,10 +133,10 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
   const Options o = call.options;
   const T* const x = row.x;
   T* const dx = row.dx;
-  const Shifted<A> shifted(A(m), headroom(factors.p_scale));
+  const Shifted<A> shifted(A(m), headroom(KEPT ? call.scale : factors.p_scale));
   const bool capped = F::CHANGED && o.softcap > 0;
   const double k = capped ? 1 : o.logit_scale;  // without a softcap dz/dx is the same number everywhere
-  const A p_scale = A(k * factors.p_scale * __builtin_exp((KEPT ? shift : shifted.shift) - m));
+  const A p_scale = A(k * factors.p_scale * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit);
   const A scale = A(k * factors.scale);
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);

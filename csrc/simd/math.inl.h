@@ -94,14 +94,15 @@ template <class A> struct Shifted {
   typedef Constants<A> K;
   typedef typename Simd<A>::V V;
   V base, lowest, t_0;
-  double shift;
+  double shift, unit;  // the factor is exp(shift - m) times this power of 2
 
   INLINE Shifted(A m, int headroom) {
     const A b = __builtin_fabs(m) < K::near ? A(0) : m, rest = m - b;
     const A t = rest * A(1.442695040888963407) + K::round;  // as in expm1_reduced
-    const A first = t - A(headroom);
-    base = splat(b), lowest = splat(rest + K::lowest - A(headroom * 0.69314718055994530942)), t_0 = splat(first);
-    shift = double(b) + double(first - K::round) * 0.69314718055994530942;
+    base = splat(b), lowest = splat(rest + K::lowest - A(headroom * 0.69314718055994530942));
+    t_0 = splat(t - A(headroom));
+    shift = double(b) + double(t - K::round) * 0.69314718055994530942;
+    unit = __builtin_ldexp(1.0, -headroom);
   }
   INLINE V exp(V z, V low) const { return exp_above<A>(z - base, low, lowest, t_0); }
 };
