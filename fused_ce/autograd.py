@@ -5,6 +5,8 @@ It is handed a backend and a differentiable composite, and names no device.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from .options import Options
 
 _INPUT, *_OTHERS = range(5)  # what is saved, in order: input, and target, weight, grad, saved
 _NO_GRADIENTS = (None,) * 4  # of what follows the target
+_LARGE = 1 << 20  # bytes of logits
+_thread = threading.local()
 Composite = Callable[[Call], tuple[Tensor, Stats | None]]  # the loss, differentiable to any order
 
 
@@ -28,6 +32,16 @@ def with_gradient(call: Call, backend: Backend, composite: Composite) -> tuple[T
         # Saved themselves, with a hook that knows the loss, the logits would never be collected.
         _torch.save_alias(loss.grad_fn, _INPUT)
     return (loss, Stats(*outputs[1:])) if call.options.return_stats else (loss, None)
+
+
+class _Waits:
+    """Lives as long as a large fused gradient waits for its backward."""
+
+
+def _waiting() -> _Waits | None:
+    """That of this thread's last large fused gradient."""
+    last = getattr(_thread, "waits", None)
+    return last and last()
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -53,6 +67,12 @@ class CrossEntropy(torch.autograd.Function):
         fused = fused and not (options.inplace and input.itemsize == 2)
         fused = fused and (input.dtype != torch.float16 or options.grad_scale is not None)
         fused = fused and not _torch.has_hooks()
+        if fused and input.nbytes >= _LARGE and not options.inplace:
+            # Beside the logits a gradient is a second tensor of their size: one at a time, where several losses wait.
+            fused = _waiting() is None
+            if fused:
+                ctx.waits = _Waits()
+                _thread.waits = weakref.ref(ctx.waits)
         if isinstance(options.num_items, Tensor) or isinstance(options.grad_scale, Tensor):
             options = _frozen(options)
         if input.is_inference():  # which autograd does not save; it is the target that wants a gradient
@@ -79,6 +99,8 @@ class CrossEntropy(torch.autograd.Function):
             call = Call(_logits(ctx, read), target, weight, ctx.options)
             return *differentiable(call, ctx.composite, ctx.needs_input_grad, grad_output, g_lse), *_NO_GRADIENTS
         options, backend, keep = ctx.options, ctx.backend, _torch.keeps_graph()
+        if not keep:
+            ctx.waits = None
         upstream = Upstream(_real(grad_output, target), None if g_lse is None else _real(g_lse, target))
         dx, dt = None, None
         if g_lse is not None:
