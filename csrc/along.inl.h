@@ -192,7 +192,8 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
   const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
   const int64_t C = call.C, count = (C + BLOCK - 1) / BLOCK;
   A* const spare = static_cast<A*>(scratch);
-  BlockSums* const parts = reinterpret_cast<BlockSums*>(spare + (C + F::lanes - 1) / F::lanes * F::lanes);
+  const int64_t room = C < MOST_ALONG ? (C + F::lanes - 1) / F::lanes * F::lanes : 0;
+  BlockSums* const parts = reinterpret_cast<BlockSums*>(spare + room);
   const bool first = team.rank == 0;
   const auto my_blocks = [&](auto work) LAMBDA {
     for (int64_t b = count * team.rank / team.size; b < count * (team.rank + 1) / team.size; b++)

@@ -55,7 +55,8 @@ View view(const py::object& tensor, int row_dims, int class_dim, DType last, con
   if (!result.data && call.rows > 0) refuse("expected the address of a tensor's elements, got 0");
   result.dtype = dtype_of(fields, 1, last);
   int d = 0;
-  if (!PyTuple_Check(strides.ptr())) refuse("expected strides as a tuple");
+  if (!PyTuple_Check(sizes.ptr()) || !PyTuple_Check(strides.ptr()) || sizes.size() != strides.size())
+    refuse("expected as many strides as sizes");
   for (int i = 0; i < int(PyTuple_GET_SIZE(strides.ptr())); i++) {
     const bool is_class = i == class_dim;
     if ((!is_class && d >= row_dims) || number(sizes, i) != (is_class ? call.C : call.dims.sizes[d]))
@@ -163,6 +164,7 @@ void forward_py(const py::tuple& given, const py::tuple& options, double num_ite
 void backward_py(const py::tuple& given, const py::tuple& options, double num_items, const py::tuple& upstream,
                  const py::object& grad, const py::object& d_target, uintptr_t saved, int threads) {
   Call call = make_call(given, options, grad, d_target);
+  if (grad.is_none()) refuse("expected where to write the gradient, got None");
   call.upstream = address(upstream, 0);
   call.scale = real(upstream, 1);
   call.g_lse = address(upstream, 2);

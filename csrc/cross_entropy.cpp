@@ -17,6 +17,7 @@
 #endif
 
 #include "dispatch.h"
+#include "rounding.h"
 
 namespace fused_ce {
 
@@ -213,42 +214,13 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, 
     }
   }
   if (reduction == Reduction::mean) {
-    const bool given = num_items == num_items;  // not NaN
+    const bool given = num_items != -__builtin_inf();
     if (!given) weights = normalize(call, weights, count, normal);
     *divisor = given ? num_items : weights;
-    if (!given && weights != double(count)) call.ratio = weights / double(count);
+    if (!given && weights != double(count) && std::isfinite(weights)) call.ratio = weights / double(count);
     call.scale /= *divisor;
   }
   return {false, 0};
-}
-
-uint32_t float_bits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return bits;
-}
-
-// Both round to nearest even.
-uint16_t bfloat16_bits(float value) {
-  const uint32_t bits = float_bits(value);
-  return uint16_t(value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-uint16_t float16_bits(float value) {
-  const uint32_t bits = float_bits(value) & 0x7fffffff, sign = (float_bits(value) >> 16) & 0x8000;
-  if (value != value) return uint16_t(sign | 0x7e00);
-  if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);
-  // A subnormal is rounded at 2^-24 by the adder itself.
-  if (bits < 0x38800000) return uint16_t(sign | (float_bits(__builtin_fabsf(value) + 0.5f) - 0x3f000000));
-  return uint16_t(sign | ((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13));
-}
-
-void store_number(void* p, int64_t i, DType dtype, double value) {
-  switch (dtype) {
-    case DType::float64: static_cast<double*>(p)[i] = value; break;
-    case DType::float32: static_cast<float*>(p)[i] = float(value); break;
-    case DType::float16: static_cast<uint16_t*>(p)[i] = float16_bits(float(value)); break;
-    default: static_cast<uint16_t*>(p)[i] = bfloat16_bits(float(value));
-  }
 }
 
 template <class A>

@@ -105,13 +105,14 @@ def is_transformed(upstream: Tensor | None) -> bool:
     return under_transforms() or _is_legacy_batched(upstream) or _is_wrapped(upstream)
 
 
-def save_alias(node: Any, i: int) -> None:
+def save_alias(node: Any, i: int, logits: Tensor) -> None:
     """Let a node keep an alias of the i-th tensor that it saved, with its graph, in place of the tensor itself.
 
-    torch then no longer looks whether it was changed in place; `version` tells.
+    torch then no longer looks whether it was changed in place: `node.version` is what `version` of it is to be.
     """
     if not has_hooks():
         node._raw_saved_tensors[i].register_hooks(Tensor.detach, _same)
+        node.version = version(logits)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -166,7 +167,14 @@ def _reduction_of(size_average: bool | None, reduce: bool | None) -> str:
     return "sum" if size_average is False else "mean"
 
 
-legacy_reduction: Callable[[bool | None, bool | None], str] = _find("nn._reduction.legacy_get_string", _reduction_of)
+_legacy_reduction: Callable[[bool | None, bool | None], str] = _find("nn._reduction.legacy_get_string", _reduction_of)
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that torch's two deprecated arguments ask for; it warns of them, but a graph cannot."""
+    of = _reduction_of if torch.compiler.is_compiling() else _legacy_reduction
+    return of(size_average, reduce)
+
 
 _warn_of_reduction: Callable[[str], int] = _find("nn._reduction.get_enum", lambda name: 1)
 

@@ -19,6 +19,7 @@ from .options import Options
 
 _INPUT, *_OTHERS = range(5)  # what is saved, in order: input, and target, weight, grad, saved
 _NO_GRADIENTS = (None,) * 4  # of what follows the target
+_GRAD = 3
 _LARGE = 1 << 20  # bytes of logits
 _thread = threading.local()
 Composite = Callable[[Call], tuple[Tensor, Stats | None]]  # the loss, differentiable to any order
@@ -28,9 +29,9 @@ def with_gradient(call: Call, backend: Backend, composite: Composite) -> tuple[T
     """The loss, part of autograd's graph, and the statistics if asked for."""
     outputs = CrossEntropy.apply(*call, backend, composite)  # type: ignore[no-untyped-call]
     loss = outputs[0] if call.options.return_stats else outputs
-    if not (call.input.is_leaf or call.options.inplace):
+    if not call.input.is_leaf:
         # Saved themselves, with a hook that knows the loss, the logits would never be collected.
-        _torch.save_alias(loss.grad_fn, _INPUT)
+        _torch.save_alias(loss.grad_fn, _GRAD if loss.grad_fn.overwrote else _INPUT, call.input)
     return (loss, Stats(*outputs[1:])) if call.options.return_stats else (loss, None)
 
 
@@ -81,7 +82,7 @@ class CrossEntropy(torch.autograd.Function):
         loss, grad, saved, stats = backend.forward(call, "fused" if fused else "recompute")
         if options.inplace and fused:
             torch.autograd.graph.increment_version(input)
-        ctx.version = _torch.version(input)
+        ctx.version, ctx.overwrote = None, grad is input
         ctx.save_for_backward(None if grad is input else input, target, weight, grad, saved)  # see _OTHERS
         ctx.options, ctx.backend, ctx.composite = options, backend, composite
         ctx.set_materialize_grads(False)
@@ -93,7 +94,9 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
         read = _torch.saved(ctx)
-        target, weight, grad, saved = (read(i) for i in _OTHERS)
+        target, weight, grad, saved = (_real(read(i)) for i in _OTHERS)
+        if ctx.overwrote:
+            _check_unchanged(ctx, grad)
         # create_graph=True, or a transform of this backward: only differentiable operators will do.
         if torch.is_grad_enabled() or _torch.is_transformed(grad_output) or _torch.is_transformed(g_lse):
             call = Call(_logits(ctx, read), target, weight, ctx.options)
@@ -101,7 +104,8 @@ class CrossEntropy(torch.autograd.Function):
         options, backend, keep = ctx.options, ctx.backend, _torch.keeps_graph()
         if not keep:
             ctx.waits = None
-        upstream = Upstream(_real(grad_output, target), None if g_lse is None else _real(g_lse, target))
+        g_loss = target.new_zeros((), dtype=torch.float32) if grad_output is None else _real(grad_output)
+        upstream = Upstream(g_loss, _real(g_lse))
         dx, dt = None, None
         if g_lse is not None:
             grad = None  # it was made for an lse without an upstream gradient
@@ -130,17 +134,22 @@ def _logits(ctx: Any, read: Callable[[int], Any]) -> Tensor:  # (N, C, d1..dk)
         RuntimeError: they were changed in place or freed since.
     """
     input = read(_INPUT)
-    if input is None or _torch.version(input) != ctx.version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            + ("inplace=True wrote" if input is None else f"someone wrote, at {tuple(input.shape)},")
-            + " over the logits. Clone them before they are changed."
-        )
+    _check_unchanged(ctx, input)
     return _torch.with_memory(input)
 
 
-def _real(upstream: Tensor | None, target: Tensor) -> Tensor:  # () or R
-    return target.new_zeros((), dtype=torch.float32) if upstream is None else _torch.with_memory(upstream)
+def _check_unchanged(ctx: Any, logits: Tensor | None) -> None:
+    """What torch no longer looks after, once an alias is saved."""
+    if logits is None or (ctx.version is not None and _torch.version(logits) != ctx.version):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            + ("inplace=True wrote" if logits is None else f"someone wrote, at {tuple(logits.shape)},")
+            + " over the logits. Clone them before they are changed."
+        )
+
+
+def _real(tensor: Any) -> Any:  # Tensor | None
+    return None if tensor is None else _torch.with_memory(tensor)
 
 
 def _frozen(options: Options) -> Options:

@@ -7,6 +7,7 @@ torch's to judge, in its own words and with its own derivatives.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,8 @@ def tell(call: Call, name: str | None) -> None:
 
 def composite(call: Call) -> tuple[Tensor, Stats | None]:
     """The same loss out of torch's own operators: every derivative, every transform, every error message."""
+    if _has_plain_memory(call):
+        call = _with_memory(call)
     input, target, weight, options = call
     if options.is_plain:
         if options.dtype is not None:
@@ -90,8 +93,9 @@ def _judged_by_torch(call: Call) -> Call:
     Raises:
         ValueError, RuntimeError, TypeError, IndexError: in torch's words.
     """
-    input, target, weight, options = call
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and input.dtype in FLOATS):
+    input, target, weight, _ = call
+    tensors = [input, target] if weight is None else [input, target, weight]
+    if not (all(isinstance(tensor, Tensor) for tensor in tensors) and input.dtype in FLOATS):
         _by_torch(*call)
     call = _with_loss_dtype(call)
     dtype = call.options.dtype or input.dtype
@@ -100,16 +104,28 @@ def _judged_by_torch(call: Call) -> Call:
     # the shapes.
     row = 1, input.shape[1 if input.dim() > 1 else 0] if input.dim() else 1
     one = row, row if target.is_floating_point() else (1,)
-    for device, (of_input, of_target) in ((input.device, one), (torch.device("meta"), (input.shape, target.shape))):
-        x, t = (
-            torch.zeros(of_input, dtype=dtype, device=device),
-            torch.zeros(of_target, dtype=target.dtype, device=device),
-        )
-        w = None if weight is None else torch.zeros(weight.shape, dtype=kind, device=device)
-        _by_torch(x, t, w, options)
-    if target.is_cpu and not target.is_floating_point() and not (_unusual(call) or _torch.is_dispatched()):
+    index = torch.int64 if target.dtype == torch.uint8 and input.dim() <= 2 else target.dtype  # meta knows fewer
+    try:
+        _by_torch(*_zeros(one, target.dtype, call, dtype, kind, input.device))
+        _by_torch(*_zeros((input.shape, target.shape), index, call, dtype, kind, torch.device("meta")))
+    except AssertionError:  # of what stands for an operator on meta
+        _by_torch(*call)
+    seen = _torch.under_transforms() or _torch.is_watched() or _torch.is_dispatched() or torch.compiler.is_compiling()
+    if target.is_cpu and not target.is_floating_point() and not seen:
         operators.check_target(call)
     return call
+
+
+def _zeros(
+    shapes: tuple[Any, Any], index: torch.dtype, call: Call, dtype: torch.dtype, kind: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None, Options]:
+    """Arguments of these shapes and dtypes; kind: of the weight."""
+    w = None if call.weight is None else torch.zeros(call.weight.shape, dtype=kind, device=device)
+    input, target = (
+        torch.zeros(shapes[0], dtype=dtype, device=device),
+        torch.zeros(shapes[1], dtype=index, device=device),
+    )
+    return input, target, w, call.options
 
 
 def again(call: Call) -> tuple[Tensor, Stats | None]:
@@ -211,7 +227,15 @@ def _is_ordinary(call: Call) -> bool:
 def _takes_weight(call: Call) -> bool:
     """torch wants the input's dtype, but where it casts both: under autocast and for a dtype asked for."""
     assert call.weight is not None
-    return call.weight.dtype is call.input.dtype or call.options.dtype is not None
+    own, dtype = call.weight.dtype, call.options.dtype
+    return own is call.input.dtype or (dtype is not None and torch.promote_types(own, dtype) is dtype)
+
+
+def _has_plain_memory(call: Call) -> bool:
+    """Whether the tensors are such as have an address: torch's own operators crash where storage was freed."""
+    if torch.compiler.is_compiling() or _torch.under_transforms():
+        return False
+    return all(tensor is None or (type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda)) for tensor in call[:3])
 
 
 def _with_memory(call: Call) -> Call:

@@ -97,7 +97,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     *fields, saved, wants_target = rest
     call, backend = _chosen(input, target, weight, fields)
-    upstream = Upstream(input.new_zeros(()) if grad_output is None else grad_output, g_lse)
+    weight = weight if weight is None else _torch.with_memory(weight)
+    call = Call(_torch.with_memory(input), _torch.with_memory(target), weight, call.options)
+    g_loss = input.new_zeros(()) if grad_output is None else _torch.with_memory(grad_output)
+    upstream = Upstream(g_loss, None if g_lse is None else _torch.with_memory(g_lse))
     dx, dt = backend.backward(call, None, saved, upstream, True, wants_target)
     return dx, _or_empty(dt, input)
 

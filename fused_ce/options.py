@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
+_LARGEST = torch.finfo(torch.float64).max
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of logits, probabilities and weights
 
 
@@ -34,6 +35,7 @@ class Options(NamedTuple):
         return (
             self.logit_scale == 1.0
             and self.softcap is None
+            and not isinstance(self.lse_square_scale, Tensor)
             and self.lse_square_scale == 0.0
             and self.num_items is None
             and not self.return_stats
@@ -55,8 +57,9 @@ def check_keywords(options: Options, logits: torch.dtype = torch.float32) -> Opt
         ValueError: a keyword is outside its range; the message says what was expected and what came.
         TypeError: a keyword is of another type; likewise.
     """
-    if options.dtype is not None and not isinstance(options.dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype or None (that of the input), got {options.dtype!r}")
+    if options.dtype is not None and options.dtype not in FLOATS:
+        names = ", ".join(map(str, FLOATS))
+        raise TypeError(f"dtype must be one of {names}, or None (that of the input), got {options.dtype!r}")
     for name in ("logit_scale", "softcap", "lse_square_scale"):
         value = getattr(options, name)
         if isinstance(value, Tensor):
@@ -98,15 +101,15 @@ def _check_float32(options: Options) -> None:
 
 def _scalar(name: str, value: float | Tensor | None) -> float | Tensor | None:
     if isinstance(value, Tensor):
-        if value.dim() == 0:
-            return value
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
-        return value.reshape(())  # DataParallel hands out parts of shape (1,)
+        if value.is_complex():
+            raise TypeError(f"{name} must be real, got {value.dtype}; pass its real part")
+        return value if value.dim() == 0 else value.reshape(())  # DataParallel hands out parts of shape (1,)
     if value is not None and not _is_number(value):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}; pass a float")
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive finite number, got {value}")
+    if value is not None and not (0 < value < math.inf and value <= _LARGEST):
+        raise ValueError(f"{name} must be a positive finite number, got {value:.4g}")
     return value
 
 

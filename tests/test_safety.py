@@ -174,7 +174,7 @@ def as_tuples(value: Any) -> Any:
 def test_the_private_module_checks_what_it_is_given(name: str) -> None:
     input, target, loss = x(3, 5, dtype=f32), y(3), torch.zeros((), dtype=f32)
     given = [[input.data_ptr(), 0, (3, 5), (5, 1)], [target.data_ptr(), 4, (3,), (1,)], 0]
-    arguments = [given, list(Options()), float("nan"), 1.0, [loss.data_ptr(), 0], None, 0, 0, 1]
+    arguments = [given, list(Options()), float("-inf"), 1.0, [loss.data_ptr(), 0], None, 0, 0, 1]
     if name == "right":
         cpu._C.forward(*as_tuples(arguments))
         torch.testing.assert_close(loss, F.cross_entropy(input, target))
@@ -193,7 +193,6 @@ def test_the_private_module_checks_what_it_is_given(name: str) -> None:
         "cross_entropy(x, y, softcap=3.0, num_items=torch.tensor(5.0))",
         "cross_entropy(x.requires_grad_(), y, reduction='none').sum().backward()",
         "(cross_entropy(x.requires_grad_(), y) / 3).backward()",
-        "(cross_entropy(x.requires_grad_() * 1, y, inplace=True) * 1e-40).backward()",
         "cross_entropy(x.t().contiguous().t(), y, torch.ones(500))",
     ],
 )

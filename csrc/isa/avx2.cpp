@@ -18,5 +18,7 @@ namespace avx2 {
 #include "../strided_rows.inl.h"
 
 #include "../across.inl.h"
+
+#include "../rows.inl.h"
 }  // namespace avx2
 }  // namespace fused_ce

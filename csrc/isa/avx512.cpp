@@ -18,5 +18,7 @@ namespace avx512 {
 #include "../strided_rows.inl.h"
 
 #include "../across.inl.h"
+
+#include "../rows.inl.h"
 }  // namespace avx512
 }  // namespace fused_ce

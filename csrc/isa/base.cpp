@@ -16,5 +16,7 @@ namespace base {
 #include "../strided_rows.inl.h"
 
 #include "../across.inl.h"
+
+#include "../rows.inl.h"
 }  // namespace base
 }  // namespace fused_ce

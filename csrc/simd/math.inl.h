@@ -212,7 +212,8 @@ INLINE Pair<Vec::f32> product(Vec::f32 x, double k) {
 #ifdef FUSED_CE_HAS_FMS
   const float high = float(k), low = float(k - double(high));
   const Vec::f32 p = x * high, rest = fms(x, splat(high), p) + x * low;
-  return {p, rest - rest == 0 ? rest : Vec::f32{}};  // inf - inf would be NaN
+  const Vec::f32 sum = p + rest, lost = rest - (sum - p);  // rest may be a digit of p
+  return {sum - sum == 0 ? sum : p, lost - lost == 0 ? lost : Vec::f32{}};  // inf - inf would be NaN
 #else
   return in_double(x, [&](Vec::f64 x_c) LAMBDA { return x_c * k; });
 #endif

@@ -171,8 +171,8 @@ def _given(call: Call, weight: Tensor | None) -> tuple[Any, Any, int]:
 
 
 def _num_items(options: Options) -> float:
-    """NaN: not given."""
-    return math.nan if options.num_items is None else float(options.num_items)
+    """Minus infinity: not given."""
+    return -math.inf if options.num_items is None else float(options.num_items)
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -19,7 +19,7 @@ def check_name(name: str | None) -> None:
     Raises:
         ValueError: the message lists those there are.
     """
-    if name is not None and name not in BACKENDS:
+    if name is not None and not (isinstance(name, str) and name in BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (choose for me), got {name!r}")
 
 
