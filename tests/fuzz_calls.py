@@ -12,7 +12,7 @@ from torch import Tensor
 f32, f64, bf16, f16 = FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 inf, nan = torch.inf, torch.nan
 CLASSES = (1, 2, 3, 4, 5, 7, 8, 10, 16, 17, 31, 33, 64, 100, 255, 256, 257, 300, 511, 1000, 1025, 2048, 2049, 4999)
-VALUES = ("randn", "randn", "randn*100", "+100", "+1e4", "-inf", "+inf", "nan", "equal", "confident", "extreme")
+VALUES = ("randn", "randn", "randn*100", "+100", "+1e4", "+1e8", "-inf", "+inf", "nan", "equal", "confident", "extreme")
 LAYOUTS = (
     "contiguous",
     "contiguous",
@@ -146,8 +146,8 @@ def _values(
     chosen = torch.rand(shape, generator=torch_rng) < rng.choice((0.02, 0.3, 0.9))
     if kind == "randn*100":
         x *= 100
-    elif kind in ("+100", "+1e4"):
-        x += float(kind[1:]) * rng.choice((1, -1))
+    elif kind in ("+100", "+1e4", "+1e8"):
+        x = x * rng.choice((1, 10)) + float(kind[1:]) * rng.choice((1, -1))
     elif kind in ("-inf", "+inf", "nan"):
         x = torch.where(chosen, float(kind), x)
     elif kind == "equal":

@@ -99,7 +99,7 @@ def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
     size = np.abs(part).sum(1)
     a = np.abs(q).sum(1)
     loss, z_loss = part.sum(1), L * lse**2 if L else np.zeros(R, real)
-    z_size = np.abs(L) * (2 * np.abs(lse) * (np.abs(m) + lse_m) + lse**2)
+    z_size = np.where(counted, np.abs(L) * (2 * np.abs(lse) * (np.abs(m) + lse_m) + lse**2), 0) if L else np.zeros(R)
     z_bound = eps * (4 * z_size + 4 * np.abs(L * lse) * moved) if L else np.zeros(R)
     loss_bound = eps * (4 * size + a * (rest * lse_m / 2 + 2 * moved)) + 4 * tiny * (1 + a)
 
@@ -121,14 +121,14 @@ def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
         )
 
     if strict and not double:
-        # 3.5 ULP, and then the rounding; of the parts, where a negative z-loss cancels. What is flushed: exponentials
+        # 3.5 ULP, and then the rounding; of the parts, where a negative z-loss or lse = m + log(..) cancels. What is flushed: exponentials
         # below the least normal number are 0, and shares q below it are rounded in steps of 2^-149.
         steps = np.where(q * n > 0, np.nan_to_num(n, posinf=0), 0).sum(1) * 2.0**-149 if probs or e > 0 else 0
         flushed_loss = np.where(counted, 4 * tiny * a + steps, 0)
         if options["reduction"] == "none":
-            size = np.abs(loss) + np.abs(z_loss)
+            size = np.abs(loss) + z_size
         else:
-            size, flushed_loss = np.abs(loss).sum() / D + np.abs(z_loss).sum() / count, flushed_loss.sum() / D
+            size, flushed_loss = np.abs(loss).sum() / D + z_size.sum() / count, flushed_loss.sum() / D
         bound = 3.5 * np.spacing(size.astype(np.float32)).astype(np.float64) + flushed_loss
 
     up = np.broadcast_to(call.upstream.double().numpy().astype(real).reshape(-1), R)
@@ -144,12 +144,18 @@ def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
     relative = 16 + np.where(onehot, np.maximum(far, rest[:, None]), far) + 4 * moved[:, None]
     relative = relative + (0 if s is None else 2 * np.abs(u) + 4)
     flushed = 4 * tiny * (1 + np.abs(up) + (np.abs(scale) * a + z_terms) * max(1.0, abs(k)))
+    # An upstream gradient of float64 may be subnormal in float32, and come back to size by weights.
+    step = 0 if double else 2.0**-149
+    flushed = flushed + step * a / np.abs(D) * max(1.0, abs(k))
     row = counted[:, None]
     grad = Exact(
         np.where(row, dz * slope, 0), np.where(row, eps * relative * terms * np.abs(slope) + flushed[:, None], 0)
     )
     dt = (1 - real(e)) * scale[:, None] * w * n
     dt_bound = eps * (8 * np.abs(dt) + np.abs((1 - e) * scale[:, None] * w) * ((rest * lse_m / 2 + 2 * moved)[:, None]))
+    # z is held as two float32; and what is made of it, and of a weight, may be subnormal.
+    held = 0 if (s is None and k in (1.0, -1.0)) or double else 2.0**-46 * widest
+    dt_bound = dt_bound + np.abs((1 - e) * scale * held)[:, None] * w + step * (1 + np.nan_to_num(n, posinf=0)) * (1 + w)
     dt_bound = dt_bound + flushed[:, None] * w
     lse_bound = eps * (4 * (np.abs(m) + lse_m) + 2 * moved)
     # Each p of the entropy moves by the rounding of its logit.
