@@ -121,8 +121,8 @@ def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
         )
 
     if strict and not double:
-        # 3.5 ULP, and then the rounding; of the parts, where a negative z-loss or lse = m + log(..) cancels. What is flushed: exponentials
-        # below the least normal number are 0, and shares q below it are rounded in steps of 2^-149.
+        # 3.5 ULP, and then the rounding; of the parts, where a negative z-loss or lse = m + log(..) cancels. What is
+        # flushed: exponentials below the least normal number are 0, shares q below it are rounded in steps of 2^-149.
         steps = np.where(q * n > 0, np.nan_to_num(n, posinf=0), 0).sum(1) * 2.0**-149 if probs or e > 0 else 0
         flushed_loss = np.where(counted, 4 * tiny * a + steps, 0)
         if options["reduction"] == "none":
@@ -155,7 +155,8 @@ def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
     dt_bound = eps * (8 * np.abs(dt) + np.abs((1 - e) * scale[:, None] * w) * ((rest * lse_m / 2 + 2 * moved)[:, None]))
     # z is held as two float32; and what is made of it, and of a weight, may be subnormal.
     held = 0 if (s is None and k in (1.0, -1.0)) or double else 2.0**-46 * widest
-    dt_bound = dt_bound + np.abs((1 - e) * scale * held)[:, None] * w + step * (1 + np.nan_to_num(n, posinf=0)) * (1 + w)
+    dt_bound = dt_bound + np.abs((1 - e) * scale * held)[:, None] * w
+    dt_bound = dt_bound + step * (1 + np.nan_to_num(n, posinf=0)) * (1 + w)
     dt_bound = dt_bound + flushed[:, None] * w
     lse_bound = eps * (4 * (np.abs(m) + lse_m) + 2 * moved)
     # Each p of the entropy moves by the rounding of its logit.
