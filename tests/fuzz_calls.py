@@ -12,7 +12,7 @@ from torch import Tensor
 f32, f64, bf16, f16 = FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 inf, nan = torch.inf, torch.nan
 CLASSES = (1, 2, 3, 4, 5, 7, 8, 10, 16, 17, 31, 33, 64, 100, 255, 256, 257, 300, 511, 1000, 1025, 2048, 2049, 4999)
-VALUES = ("randn", "randn", "randn*100", "+100", "+1e4", "-inf", "+inf", "nan", "equal", "confident", "extreme")
+VALUES = ("randn", "randn", "randn*100", "+100", "+1e4", "+1e8", "-inf", "+inf", "nan", "equal", "confident", "extreme")
 LAYOUTS = (
     "contiguous",
     "contiguous",
@@ -51,7 +51,10 @@ def draw(seed: int, index: int, backend: str) -> Drawn:
     keywords = _keywords(rng, classes, dtype)
     target = _target(rng, torch_rng, shape, keywords["ignore_index"])
     x = _values(values, shape, dtype, rng, torch_rng, target)
-    weight, weight_kind = _weight(rng, torch_rng, classes, dtype)
+    wide = keywords["dtype"] == f32 and rng.random() < 0.5
+    weight, weight_kind = _weight(rng, torch_rng, classes, f32 if wide else dtype)
+    if weight_kind in ("1e-37", "1e30") and rng.random() < 0.5:
+        keywords["grad_scale"] = 65536.0
     if keywords["inplace"]:
         layout = "contiguous"
     target_layout = rng.choice(LAYOUTS[:-1])
@@ -70,6 +73,9 @@ def draw(seed: int, index: int, backend: str) -> Drawn:
     g_lse = torch.randn(rows, generator=torch_rng, dtype=f64 if dtype == f64 else f32) if wants_lse else None
     notes = {"rank": len(shape), "dtype": dtype, "target": target.dtype, "values": values, "layout": layout}
     notes |= {"target layout": target_layout, "weight": weight_kind, "upstream": upstream_kind}
+    old_name = keywords["reduction"] == "mean" and rng.random() < 0.05
+    notes |= {"elementwise_mean": old_name, "default device": rng.choice((*[None] * 10, "cpu", "meta"))}
+    notes |= {"weight dtype": None if weight is None else weight.dtype}
     notes |= {name: value for name, value in keywords.items() if name in ("reduction", "softcap", "logit_scale")}
     notes |= {name: bool(keywords[name]) for name in ("label_smoothing", "lse_square_scale", "inplace", "return_stats")}
     notes |= {name: keywords[name] is not None for name in ("num_items", "grad_scale", "dtype")}
@@ -99,7 +105,7 @@ def _keywords(rng: Random, classes: int, dtype: torch.dtype) -> dict[str, Any]:
         return rng.choice(others) if rng.random() < share else usual
 
     reduction = rng.choice(("mean", "mean", "sum", "none"))
-    items = sometimes(0.15, None, 7, 0.5, 1e6, torch.tensor(3), torch.tensor(12.5))
+    items = sometimes(0.15, None, 7, 0.5, 1e6, torch.tensor(3), torch.tensor(12.5), torch.tensor([4.0]))
     return {
         "ignore_index": sometimes(0.3, -100, 0, classes - 1, rng.randrange(classes), -1),
         "reduction": reduction,
@@ -108,7 +114,7 @@ def _keywords(rng: Random, classes: int, dtype: torch.dtype) -> dict[str, Any]:
         "softcap": sometimes(0.2, None, 30.0, 1.0, 0.01, 1e4),
         "lse_square_scale": sometimes(0.2, 0.0, 1e-4, 0.1, 1.0, -0.5),
         "num_items": items if reduction == "mean" else None,
-        "grad_scale": sometimes(0.2, None, "right", "right", 65536.0, 3.0, torch.tensor(2.0**10)),
+        "grad_scale": sometimes(0.2, None, "right", "right", 65536.0, 3.0, torch.tensor(2.0**10), torch.tensor([8.0])),
         "dtype": f32 if dtype in (bf16, f16) and rng.random() < 0.25 else None,
         "inplace": rng.random() < 0.12,
         "return_stats": rng.random() < 0.25,
@@ -140,8 +146,8 @@ def _values(
     chosen = torch.rand(shape, generator=torch_rng) < rng.choice((0.02, 0.3, 0.9))
     if kind == "randn*100":
         x *= 100
-    elif kind in ("+100", "+1e4"):
-        x += float(kind[1:]) * rng.choice((1, -1))
+    elif kind in ("+100", "+1e4", "+1e8"):
+        x = x * rng.choice((1, 10)) + float(kind[1:]) * rng.choice((1, -1))
     elif kind in ("-inf", "+inf", "nan"):
         x = torch.where(chosen, float(kind), x)
     elif kind == "equal":
@@ -159,13 +165,15 @@ def _values(
 
 
 def _weight(rng: Random, torch_rng: torch.Generator, classes: int, dtype: torch.dtype) -> tuple[Tensor | None, str]:
-    kind = rng.choice(("none", "none", "none", "random", "zeros", "tiny", "large", "steps"))
-    if kind == "none":
-        return None, kind
+    kind = rng.choice((*["none"] * 5, "random", "zeros", "tiny", "large", "steps", "1e-37", "1e30", "inf"))
+    if kind == "none" or (dtype == f16 and kind in ("1e-37", "1e30")):
+        return None, "none"
     w = torch.rand(classes, generator=torch_rng, dtype=f64) + 0.1
     if kind == "zeros":
         w = torch.where(torch.rand(classes, generator=torch_rng) < rng.choice((0.3, 1.0)), 0, w)
-    w = (w * {"tiny": 1e-4, "large": 1e4}.get(kind, 1.0)).to(dtype)
+    if kind == "inf":
+        w = torch.where(torch.rand(classes, generator=torch_rng) < rng.choice((0.05, 0.3)), inf, w)
+    w = (w * {"tiny": 1e-4, "large": 1e4, "1e-37": 1e-37, "1e30": 1e30}.get(kind, 1.0)).to(dtype)
     return w.repeat_interleave(2)[::2] if kind == "steps" else w, kind
 
 

@@ -43,13 +43,13 @@ def as_rows(tensor: Tensor, like: Any = np.float64) -> Array:
     return np.moveaxis(array, 0 if array.ndim == 1 else 1, -1).reshape(-1, C)
 
 
-def answers(call: Drawn, slack: float, rounded: bool) -> Answers:
-    """All that the call returns; `slack` multiplies every bound, `rounded` allows for a transform that rounds."""
+def answers(call: Drawn, slack: float, strict: bool) -> Answers:
+    """All that the call returns; `slack` multiplies every bound, `strict` holds losses of float32 to 4 ULP."""
     with np.errstate(all="ignore"):
-        return _answers(call, slack, rounded)
+        return _answers(call, slack, strict)
 
 
-def _answers(call: Drawn, slack: float, rounded: bool) -> Answers:
+def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
     input, target, options = call.input, call.target, call.keywords
     double = input.dtype == torch.float64
     real = np.longdouble if double else np.float64
@@ -83,24 +83,23 @@ def _answers(call: Drawn, slack: float, rounded: bool) -> Answers:
     least = 750 if double else 110  # beyond it an exponential is 0
     rest = np.minimum(np.nan_to_num(rest, nan=0, posinf=0), least)
     far = np.minimum(np.nan_to_num(drop, nan=0, posinf=0), least)
-    # The transform is rounded too: a relative error of z is an absolute one of its exponential.
+    # float64 has no wider type to make z in: a relative error of z is an absolute one of its exponential.
     widest = np.abs(np.where(np.isfinite(z), z, 0)).max(1)
-    moved = rounded * (3 * widest if s is not None else widest if k not in (1.0, -1.0) else np.zeros(R))
+    moved = double * (3 * widest if s is not None else widest if k not in (1.0, -1.0) else np.zeros(R))
 
     w = np.ones(C, real) if call.weight is None else call.weight.double().numpy().astype(real)
     y = top if probs else np.where(counted, y, 0)
     onehot = np.zeros((R, C), bool)
     onehot[each, y] = True
-    q = (
-        w * ((1 - real(e)) * as_rows(target, real) + real(e) / C)
-        if probs
-        else real(e) / C * w + onehot * (1 - real(e)) * w
-    )
+    if probs:
+        q = w * ((1 - real(e)) * as_rows(target, real) + real(e) / C)
+    else:  # no 0 * w, which is NaN where the weight is infinite
+        q = np.where(onehot, (real(e) / C + (1 - real(e))) * w, real(e) / C * w if e > 0 else 0)
     part = np.where(onehot | probs | (e > 0), q * n, 0)  # a class that has no share may hold -inf
     size = np.abs(part).sum(1)
     a = np.abs(q).sum(1)
     loss, z_loss = part.sum(1), L * lse**2 if L else np.zeros(R, real)
-    z_size = np.abs(L) * (2 * np.abs(lse) * (np.abs(m) + lse_m) + lse**2)
+    z_size = np.where(counted, np.abs(L) * (2 * np.abs(lse) * (np.abs(m) + lse_m) + lse**2), 0) if L else np.zeros(R)
     z_bound = eps * (4 * z_size + 4 * np.abs(L * lse) * moved) if L else np.zeros(R)
     loss_bound = eps * (4 * size + a * (rest * lse_m / 2 + 2 * moved)) + 4 * tiny * (1 + a)
 
@@ -121,11 +120,22 @@ def _answers(call: Drawn, slack: float, rounded: bool) -> Answers:
             np.abs(loss).sum() / np.abs(D) + np.abs(z_loss).sum() / np.abs(count)
         )
 
+    if strict and not double:
+        # 3.5 ULP, and then the rounding; of the parts, where a negative z-loss or lse = m + log(..) cancels. What is
+        # flushed: exponentials below the least normal number are 0, shares q below it are rounded in steps of 2^-149.
+        steps = np.where(q * n > 0, np.nan_to_num(n, posinf=0), 0).sum(1) * 2.0**-149 if probs or e > 0 else 0
+        flushed_loss = np.where(counted, 4 * tiny * a + steps, 0)
+        if options["reduction"] == "none":
+            size = np.abs(loss) + z_size
+        else:
+            size, flushed_loss = np.abs(loss).sum() / D + z_size.sum() / count, flushed_loss.sum() / D
+        bound = 3.5 * np.spacing(size.astype(np.float32)).astype(np.float64) + flushed_loss
+
     up = np.broadcast_to(call.upstream.double().numpy().astype(real).reshape(-1), R)
     g = np.zeros(R, real) if call.g_lse is None else call.g_lse.double().numpy().astype(real).reshape(-1)
     scale = up / D if D != 0 else np.full(R, np.nan)  # P7: NaN, where torch mixes inf, -inf and NaN
     z_scale = (up / count if count != 0 else np.full(R, np.nan)) * 2 * L if L else np.zeros(R, real)
-    others = q.sum(1)[:, None] - q
+    others = np.where(np.isinf(q), np.inf if C > 1 else 0, q.sum(1)[:, None] - q)
     others[each, y] = np.where(onehot, 0, q).sum(1)
     dz = scale[:, None] * (others * p - q * r) + (z_scale * lse + g)[:, None] * p
     z_terms = np.abs(z_scale) * (np.abs(m) + lse_m) + np.abs(g)
@@ -133,13 +143,20 @@ def _answers(call: Drawn, slack: float, rounded: bool) -> Answers:
     terms = np.abs(scale)[:, None] * terms + z_terms[:, None] * p
     relative = 16 + np.where(onehot, np.maximum(far, rest[:, None]), far) + 4 * moved[:, None]
     relative = relative + (0 if s is None else 2 * np.abs(u) + 4)
-    flushed = 4 * tiny * (1 + np.abs(up) + (np.abs(scale) * (1 + a) + z_terms) * max(1.0, abs(k)))
+    flushed = 4 * tiny * (1 + np.abs(up) + (np.abs(scale) * a + z_terms) * max(1.0, abs(k)))
+    # An upstream gradient of float64 may be subnormal in float32, and come back to size by weights.
+    step = 0 if double else 2.0**-149
+    flushed = flushed + step * a / np.abs(D) * max(1.0, abs(k))
     row = counted[:, None]
     grad = Exact(
         np.where(row, dz * slope, 0), np.where(row, eps * relative * terms * np.abs(slope) + flushed[:, None], 0)
     )
     dt = (1 - real(e)) * scale[:, None] * w * n
     dt_bound = eps * (8 * np.abs(dt) + np.abs((1 - e) * scale[:, None] * w) * ((rest * lse_m / 2 + 2 * moved)[:, None]))
+    # z is held as two float32; and what is made of it, and of a weight, may be subnormal.
+    held = 0 if (s is None and k in (1.0, -1.0)) or double else 2.0**-46 * widest
+    dt_bound = dt_bound + np.abs((1 - e) * scale * held)[:, None] * w
+    dt_bound = dt_bound + step * (1 + np.nan_to_num(n, posinf=0)) * (1 + w)
     dt_bound = dt_bound + flushed[:, None] * w
     lse_bound = eps * (4 * (np.abs(m) + lse_m) + 2 * moved)
     # Each p of the entropy moves by the rounding of its logit.
