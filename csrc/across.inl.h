@@ -73,7 +73,8 @@ template <class F, bool MANY> struct RowGroup {
 
   INLINE Pair<V> z_of(int64_t i) const { return {z[i], F::CHANGED ? low[i] : V{}}; }
   INLINE V exp_of_z(int64_t i, const Pair<V>& m) const {
-    return exp_minus<A>(z[i], m.high, F::CHANGED ? m.low - low[i] : V{}, lowest, t_0);
+    if constexpr (F::CHANGED) return exp_minus<A>(z_of(i), m, lowest, t_0);
+    else return exp_minus<A>(z[i], m.high, lowest, t_0);
   }
 
   INLINE void load_y() {

@@ -103,7 +103,9 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
         q_c = lane_is<I>(y - c) ? V{} : q_c;
         z = lane_is<I>(y - c) ? splat(-inf) : z;
       }
-      const V e_c = shifted.exp(z, z_c.low);
+      V e_c;
+      if constexpr (F::CHANGED) e_c = shifted.exp({z, z_c.low});
+      else e_c = shifted.exp(z);
       const auto drop_c = [&]() LAMBDA {
         const V below = keep_first<A>(-minus<F>(z_c, of_top), n, A(0));
         return holds_y ? (lane_is<I>(y - c) ? V{} : below) : below;
@@ -146,7 +148,8 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
     if constexpr (KEPT) e_c = whole ? load(kept + c) : load_first(kept + c, n);
     else {
       const Pair<V> z_c = transform<F>(x_c, o);
-      e_c = shifted.exp(z_c.high, z_c.low);
+      if constexpr (F::CHANGED) e_c = shifted.exp(z_c);
+      else e_c = shifted.exp(z_c.high);
     }
     if constexpr (F::DENSE) q_c = whole ? load(q + c - begin) : load_first(q + c - begin, n);
     const V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, capped, [&]() LAMBDA { return transform_grad<F>(x_c, o); });

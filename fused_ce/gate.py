@@ -245,6 +245,9 @@ def _with_memory(call: Call) -> Call:
         RuntimeError: a tensor's storage was freed.
     """
     input, target, weight, options = call
+    for number in (options.num_items, options.grad_scale):
+        if isinstance(number, Tensor):
+            _torch.with_memory(number)
     if input.data_ptr() and target.data_ptr() and (weight is None or weight.data_ptr()):
         return call
     weight = weight if weight is None else _torch.with_memory(weight)

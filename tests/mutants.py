@@ -28,25 +28,34 @@ class Mutant(NamedTuple):
 
 PYTHON = [
     # The gate
-    ("fused_ce/gate.py", "if _torch.transforms_active() or _torch.dual_level_active():", "if False:", "tests/test_autograd.py"),
-    ("fused_ce/gate.py", "(not compiling and _torch.is_watched())", "False", "tests/test_contract.py"),
+    ("fused_ce/gate.py", "if _torch.transforms_active():", "if False:", "tests/test_autograd.py"),
+    ("fused_ce/gate.py", "if _torch.dual_level_active():", "if False:", "tests/test_autograd.py"),
+    ("fused_ce/gate.py", "    if _torch.is_watched():", "    if False:", "tests/test_contract.py tests/test_gate.py"),
     ("fused_ce/gate.py", "call.input.is_neg() or call.target.is_neg()", "call.target.is_neg()", "tests/test_functional.py -k negative"),
     ("fused_ce/gate.py", "options.ignore_index < 0 and rank > 0", "rank > 0", "tests/test_functional.py"),
-    ("fused_ce/gate.py", "and weight.dtype == input.dtype", "", "tests/test_functional.py"),
+    ("fused_ce/gate.py", "torch.promote_types(own, dtype) is dtype)", "False)", "tests/test_gate.py"),
+    ("fused_ce/gate.py", "        call = _with_memory(call)\n    return call, backend", "        pass\n    return call, backend", "tests/test_safety.py -k freed"),
+    ("fused_ce/gate.py", "_torch_cross_entropy(", "F.cross_entropy(", "tests/test_gate.py -k assigned"),
+    ("fused_ce/gate.py", "(\"target\", call.target), (\"weight\", call.weight)", "(\"target\", call.target),", "tests/test_safety.py -k in_place"),
     ("fused_ce/gate.py", "dtype = torch.promote_types(dtype, target.dtype)", "pass", "tests/test_functional.py"),
     ("fused_ce/gate.py", "if _torch.shares_a_leaf(input):", "if False:", "tests/test_extras.py -k inplace"),
     ("fused_ce/gate.py", "input = torch.where(ignored.unsqueeze(1) if input.dim() > 1 else ignored, 0, input)", "pass", "tests/test_autograd.py"),
     # Private names of torch
     ("fused_ce/_torch.py", '"_C._are_functorch_transforms_active", lambda: True', '"_C._are_functorch_transforms_active", lambda: False', "tests/test_torch.py"),
-    ("fused_ce/_torch.py", '"_C._len_torch_function_stack", lambda: 1', '"_C._len_torch_function_stack", lambda: 0', "tests/test_torch.py"),
+    ("fused_ce/_torch.py", '"_C._len_torch_function_stack", lambda: -1', '"_C._len_torch_function_stack", lambda: 0', "tests/test_torch.py"),
+    ("fused_ce/_torch.py", "__module__ != _DEVICE_CONTEXT", "__module__", "tests/test_gate.py -k device"),
     ("fused_ce/_torch.py", "keep_graph\", lambda: True", "keep_graph\", lambda: False", "tests/test_torch.py"),
     ("fused_ce/_torch.py", "if not _HAS_BASES:\n        return True", "if not _HAS_BASES:\n        return False", "tests/test_torch.py"),
     ("fused_ce/_torch.py", 'return "sum" if size_average is False else "mean"', 'return "mean"', "tests/test_torch.py"),
     # Autograd and operators
     ("fused_ce/autograd.py", "grad = None  # it was made", "pass  # it was made", "tests/test_extras.py -k 'lse or upstream'"),
-    ("fused_ce/autograd.py", "if not unchanged and (composite or grad is None):", "if False:", "tests/test_autograd.py tests/test_extras.py"),
-    ("fused_ce/autograd.py", "dx = ctx.backend.rescale(grad, ctx.options, upstream.loss, keep)", "dx = grad", "tests/test_autograd.py tests/test_extras.py"),
-    ("fused_ce/autograd.py", "keep = _torch.keeps_graph()", "keep = False", "tests/test_autograd.py"),
+    ("fused_ce/autograd.py", "(ctx.version is not None and _torch.version(logits) != ctx.version)", "False", "tests/test_between.py"),
+    ("fused_ce/autograd.py", "_torch.save_alias(", "str(", "tests/test_between.py -k collected"),
+    ("fused_ce/autograd.py", "fused = fused and not _torch.has_hooks()", "pass", "tests/test_between.py -k hooks"),
+    ("fused_ce/autograd.py", "fused = fused and not (options.inplace and input.itemsize == 2)", "pass", "tests/test_between.py -k in_place"),
+    ("fused_ce/autograd.py", "fused = _waiting() is None", "pass", "tests/test_memory.py"),
+    ("fused_ce/autograd.py", "exactly=not options.inplace)", "exactly=False)", "tests/test_between.py -k small_gradients"),
+    ("fused_ce/autograd.py", "ctx.backend, _torch.keeps_graph()", "ctx.backend, False", "tests/test_autograd.py"),
     ("fused_ce/autograd.py", "options = _frozen(options)", "pass", "tests/test_extras.py"),
     ("fused_ce/ops.py", "backend.saved_shape(call), dtype=torch.float64", "(*call.row_shape, 4), dtype=torch.float64", "tests/test_new_backend.py tests/test_ops.py"),
     ("fused_ce/backends/dispatch.py", "        if not backend.unsupported(call):\n                return backend", "        return backend", "tests/test_dispatch.py"),
@@ -61,7 +70,8 @@ PYTHON = [
     ("fused_ce/formula.py", "torch.cosh(x * (options.logit_scale / options.softcap)) ** 2", "torch.cosh(x / options.softcap) ** 2", "tests/test_reference.py"),
     # The C++ backend, from Python
     ("fused_ce/backends/cpu.py", ".contiguous().resolve_neg()", ".contiguous()", "tests/test_autograd.py -k negative"),
-    ("fused_ce/backends/cpu.py", "return grad.itemsize > 2 or (grad.dtype", "return True or (grad.dtype", "tests/test_backends.py tests/test_extras.py -k 'not triton'"),
+    ("fused_ce/backends/cpu.py", "(grad.itemsize == 2 or not", "(not", "tests/test_between.py -k small_gradients"),
+    ("fused_ce/backends/cpu.py", "grad.masked_fill_(operators.ignored(grad, target, options), 0)", "grad", "tests/test_between.py -k ignored"),
     ("fused_ce/backends/cpu.py", 'saves = schedule == "recompute" or (fused and options.return_stats)', 'saves = schedule == "recompute"', "tests/test_extras.py"),
 ]  # fmt: skip
 CPP = [

@@ -73,11 +73,23 @@ def test_hooks_see_the_logits_and_may_move_them(reduction: str) -> None:
         assert torch.equal(gradient(cross_entropy, x(40, 50, dtype=f32), 2.0, reduction=reduction), got)
 
 
+def test_hooks_may_hand_back_copies_of_logits_that_were_changed_before() -> None:
+    for reduction in REDUCTIONS:
+        leaf = x(4, 5).requires_grad_()
+        with saved_tensors_hooks(Tensor.clone, Tensor.clone):
+            logits = (leaf * 2).add_(1)
+            value = cross_entropy(logits, y(4), reduction=reduction).sum()
+        (got,) = torch.autograd.grad(value, leaf)
+        (wanted,) = torch.autograd.grad(F.cross_entropy(leaf * 2 + 1, y(4), reduction=reduction).sum(), leaf)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("keywords", [{}, {"inplace": True}, {"reduction": "none"}], ids=str)
 @pytest.mark.parametrize("holder", ["hook", "attribute"])
-def test_logits_that_know_their_loss_are_collected(holder: str, retain: bool) -> None:
+def test_logits_that_know_their_loss_are_collected(holder: str, keywords: dict[str, Any], retain: bool) -> None:
     logits = x(4, 5).requires_grad_() * 1
-    known, loss = weakref.ref(logits), cross_entropy(logits, y(4))
+    known, loss = weakref.ref(logits), cross_entropy(logits, y(4), **keywords).sum()
     if holder == "hook":
         logits.register_hook(lambda grad, loss=loss: None)
     else:

@@ -38,6 +38,39 @@ def test_refuses(keywords: dict[str, Any], message: str) -> None:
         assert str(error.value).startswith(message)
 
 
+WRONG_TYPES = [
+    {"dtype": "float32"},
+    {"dtype": torch.int64},
+    {"softcap": "30"},
+    {"logit_scale": None},
+    {"logit_scale": torch.tensor(1.0)},
+    {"lse_square_scale": torch.tensor(0.0)},
+    {"num_items": "3"},
+    {"num_items": torch.tensor(1j)},
+]
+NOT_IN_FLOAT32 = [{"softcap": 1e39}, {"softcap": 1e-39}, {"logit_scale": 1e39}, {"lse_square_scale": -1e39}]
+
+
+@pytest.mark.parametrize("keywords", WRONG_TYPES, ids=str)
+def test_refuses_other_types(keywords: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"must be .*, got"):
+        cross_entropy(x(3, 5), y(3), **keywords)
+
+
+@pytest.mark.parametrize("keywords", NOT_IN_FLOAT32, ids=str)
+def test_refuses_what_float32_cannot_hold(keywords: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="float32, got"):
+        cross_entropy(x(3, 5, dtype=torch.float32), y(3), **keywords)
+    assert cross_entropy(x(3, 5), y(3), **keywords).isfinite()  # float64 holds it
+
+
+@pytest.mark.parametrize("number", [10**400, float("nan"), 0])
+def test_refuses_numbers_of_items_that_are_none(number: float) -> None:
+    with pytest.raises(ValueError, match="num_items must be a positive finite number"):
+        cross_entropy(x(3, 5), y(3), num_items=number)
+    assert cross_entropy(x(3, 5), y(3), num_items=torch.tensor(torch.nan)).isnan()  # a tensor's value is not looked at
+
+
 @pytest.mark.parametrize(
     "keywords",
     [{"logit_scale": -2.0}, {"logit_scale": 0.0}, {"softcap": 1e-3}, {"lse_square_scale": -0.1}, {"num_items": 0.5}],

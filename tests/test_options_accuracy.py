@@ -24,6 +24,7 @@ LOGITS = {
     "x10": lambda x, y: x * 10,
     "minus-300": lambda x, y: x * 3 - 300,
     "margin-20": confident(20),
+    "plus-1e6": lambda x, y: (x * 3).round() / 2 + 1e6,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "softcap-30": {"softcap": 30.0},

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from calls import p, w, x, y
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_ce import cross_entropy
 from fused_ce.backends import cpu
@@ -36,8 +37,30 @@ FREED: dict[str, Callable[[], Any]] = {
     "logits that want a gradient": lambda: cross_entropy(freed(x(4, 5)).requires_grad_(), y(4), softcap=2.0),
     "upstream": lambda: upstream(cross_entropy, freed(torch.ones(4, dtype=torch.float64)), reduction="none"),
     "upstream of a mean": lambda: upstream(cross_entropy, freed(torch.ones(1, dtype=torch.float64)).reshape(())),
+    "weight, between": lambda: between("weight", reduction="none"),
+    "indices, between": lambda: between("target"),
+    "indices, before a second derivative": lambda: between("target", create_graph=True),
+    "logits in place, between": lambda: between("logits", inplace=True),
+    "num_items": lambda: cross_entropy(x(4, 5), y(4), num_items=freed(torch.tensor([3.0])).reshape(())),
+    "grad_scale": lambda: cross_entropy(x(4, 5), y(4), grad_scale=freed(torch.tensor([3.0])).reshape(())),
+    "indices, fallen back": lambda: cross_entropy(x(4, 5, dtype=f32), freed(y(4)), softcap=3.0, dtype=torch.float64),
+    "logits, fallen back": lambda: cross_entropy(freed(x(4, 5, dtype=f32)), y(4), dtype=torch.float64),
+    "upstream, under a mode": lambda: under_a_mode(lambda: FREED["upstream"]()),
     "backend by name": lambda: cross_entropy(freed(x(4, 5)), y(4), backend="cpu"),
 }
+
+
+def between(what: str, create_graph: bool = False, **keywords: Any) -> Tensor:
+    leaf, target, weight = x(4, 5).requires_grad_(), y(4), w()
+    logits = leaf * 1
+    value = cross_entropy(logits, target, weight, **keywords)
+    freed({"logits": logits, "target": target, "weight": weight}[what])
+    return torch.autograd.grad(value.sum(), leaf, create_graph=create_graph)[0]
+
+
+def under_a_mode(call: Callable[[], Tensor]) -> Tensor:
+    with FlopCounterMode(display=False):
+        return call()
 
 
 def upstream(loss: Callable[..., Tensor], given: Tensor, **keywords: Any) -> Tensor:

@@ -79,15 +79,22 @@ INLINE int headroom(double scale) {
   return power < 0 ? 0 : power > 96 ? 96 : power;         // so large that 2^31 classes can still be summed
 }
 
-// exp(z - m - below) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at
+// exp(z - m) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at
 // -50: the rounded-off part is given back (Knuth's two-sum).
-template <class A, class V> INLINE V exp_minus(V z, V m, V below, V lowest, V t_0) {
+template <class A, class V> INLINE V exp_minus(V z, V m, V lowest, V t_0) {
   const V d = z - m, minus_m = d - z;
-  const V result = exp_above<A>(d, (z - (d - minus_m)) - (m + minus_m) - below, lowest, t_0);
+  const V result = exp_above<A>(d, (z - (d - minus_m)) - (m + minus_m), lowest, t_0);
   return d < lowest ? V{} : result;  // minus infinity has no rest
 }
+template <class A, class V> INLINE V exp_minus(const Pair<V>& z, const Pair<V>& m, V lowest, V t_0) {
+  const V d = z.high - m.high, minus_m = d - z.high;
+  const V rest = (z.high - (d - minus_m)) - (m.high + minus_m) + (z.low - m.low);
+  const V sum = d + rest;  // the low part of a large z is not small beside d
+  const V result = exp_above<A>(sum, rest - (sum - d), lowest, t_0);
+  return d < lowest ? V{} : result;
+}
 
-// exp(z + low - m) for z <= m and one m, but for a factor that is known to double precision: what is subtracted is a
+// exp(z - m) for z <= m and one m, but for a factor that is known to double precision: what is subtracted is a
 // `shift` near m that costs no rounding. A small m leaves only a power of 2, and a large one is itself exact, since z
 // is so near to it (or gives 0) that both are multiples of nearly the same digit.
 template <class A> struct Shifted {
@@ -104,7 +111,11 @@ template <class A> struct Shifted {
     shift = double(b) + double(t - K::round) * 0.69314718055994530942;
     unit = __builtin_ldexp(1.0, -headroom);
   }
-  INLINE V exp(V z, V low) const { return exp_above<A>(z - base, low, lowest, t_0); }
+  INLINE V exp(V z) const { return exp_above<A>(z - base, V{}, lowest, t_0); }
+  INLINE V exp(const Pair<V>& z) const {
+    const V x = z.high - base, sum = x + z.low;  // the low part of a large z is not small beside x
+    return exp_above<A>(sum, z.low - (sum - x), lowest, t_0);
+  }
 };
 
 // total += part; what that rounds off is kept in `lost` for the next addition (Neumaier).
@@ -212,7 +223,7 @@ INLINE Pair<Vec::f32> product(Vec::f32 x, double k) {
 #ifdef FUSED_CE_HAS_FMS
   const float high = float(k), low = float(k - double(high));
   const Vec::f32 p = x * high, rest = fms(x, splat(high), p) + x * low;
-  const Vec::f32 sum = p + rest, lost = rest - (sum - p);  // rest may be a digit of p
+  const Vec::f32 sum = p + rest, lost = rest - (sum - p);                   // rest may be a digit of p
   return {sum - sum == 0 ? sum : p, lost - lost == 0 ? lost : Vec::f32{}};  // inf - inf would be NaN
 #else
   return in_double(x, [&](Vec::f64 x_c) LAMBDA { return x_c * k; });
