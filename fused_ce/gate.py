@@ -235,7 +235,8 @@ def _has_plain_memory(call: Call) -> bool:
     """Whether the tensors are such as have an address: torch's own operators crash where storage was freed."""
     if torch.compiler.is_compiling() or _torch.under_transforms():
         return False
-    return all(tensor is None or (type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda)) for tensor in call[:3])
+    tensors = call[:2] if call.weight is None else call[:3]
+    return all(type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
 
 
 def _with_memory(call: Call) -> Call:
