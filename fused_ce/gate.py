@@ -221,6 +221,7 @@ def _is_ordinary(call: Call) -> bool:
         and options.reduction in REDUCTIONS
         and type(options.label_smoothing) in (float, int)
         and not options.label_smoothing > 1
+        and (options.dtype is None or options.dtype in FLOATS)
     )
 
 
@@ -235,8 +236,8 @@ def _has_plain_memory(call: Call) -> bool:
     """Whether the tensors are such as have an address: torch's own operators crash where storage was freed."""
     if torch.compiler.is_compiling() or _torch.under_transforms():
         return False
-    tensors = call[:2] if call.weight is None else call[:3]
-    return all(type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
+    tensors = [call.input, call.target] if call.weight is None else [call.input, call.target, call.weight]
+    return all(_is_plain(tensor) and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
 
 
 def _with_memory(call: Call) -> Call:

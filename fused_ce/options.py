@@ -57,9 +57,8 @@ def check_keywords(options: Options, logits: torch.dtype = torch.float32) -> Opt
         ValueError: a keyword is outside its range; the message says what was expected and what came.
         TypeError: a keyword is of another type; likewise.
     """
-    if options.dtype is not None and options.dtype not in FLOATS:
-        names = ", ".join(map(str, FLOATS))
-        raise TypeError(f"dtype must be one of {names}, or None (that of the input), got {options.dtype!r}")
+    if options.dtype is not None and not isinstance(options.dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None (that of the input), got {options.dtype!r}")
     for name in ("logit_scale", "softcap", "lse_square_scale"):
         value = getattr(options, name)
         if isinstance(value, Tensor):
@@ -109,7 +108,7 @@ def _scalar(name: str, value: float | Tensor | None) -> float | Tensor | None:
     if value is not None and not _is_number(value):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}; pass a float")
     if value is not None and not (0 < value < math.inf and value <= _LARGEST):
-        raise ValueError(f"{name} must be a positive finite number, got {value:.4g}")
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
     return value
 
 

@@ -40,7 +40,6 @@ def test_refuses(keywords: dict[str, Any], message: str) -> None:
 
 WRONG_TYPES = [
     {"dtype": "float32"},
-    {"dtype": torch.int64},
     {"softcap": "30"},
     {"logit_scale": None},
     {"logit_scale": torch.tensor(1.0)},
