@@ -70,7 +70,7 @@ def composite(call: Call) -> tuple[Tensor, Stats | None]:
     if options.is_plain:
         if options.dtype is not None:
             input = input.to(options.dtype)
-            weight = weight if weight is None else weight.to(options.dtype)
+            weight = weight.to(options.dtype) if isinstance(weight, Tensor) else weight
         return _by_torch(input, target, weight, options), None
     call = _judged_by_torch(call)
     return operators.composite(call)

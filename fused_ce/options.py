@@ -59,6 +59,8 @@ def check_keywords(options: Options, logits: torch.dtype = torch.float32) -> Opt
     """
     if options.dtype is not None and not isinstance(options.dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype or None (that of the input), got {options.dtype!r}")
+    if options.dtype not in (None, *FLOATS) and not options.is_plain:
+        raise TypeError(f"dtype must be floating, for a loss, got {options.dtype}")
     for name in ("logit_scale", "softcap", "lse_square_scale"):
         value = getattr(options, name)
         if isinstance(value, Tensor):
