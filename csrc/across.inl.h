@@ -1,31 +1,53 @@
 // Rows side by side in the lanes of vectors, where the classes of a row lie apart (N, C, d1..dk; transposed logits) or
-// are too few to fill vectors: a group of rows is brought into scratch first, read once. Included inside a namespace,
-// once for each instruction set: nothing may be #included here.
+// are too few to fill vectors: a group of rows is brought into scratch first.
+// Included inside a namespace, once for each instruction set: nothing may be #included here.
+
+// The upstream gradient of each row, and the headroom (math.inl.h) that exp(z - m) has for it.
+template <class F> struct Scales {
+  TYPES(F);
+  V scale, lowest, t_0, unit;  // lowest, t_0: see exp_above; exp(z - m) is kept in units of `unit`
+
+  INLINE Scales(V scale, V headroom)
+      : scale(scale),
+        lowest(Constants<A>::lowest - headroom * A(0.69314718055994530942)),
+        t_0(Constants<A>::round - headroom),
+        unit(multiply_power(V{}, t_0, splat(Constants<A>::round))) {}
+
+  INLINE explicit Scales(const Call& call) : Scales(splat(A(call.scale)), splat(A(headroom(call.scale)))) {}
+  static INLINE Scales of_rows(const Call& call, int64_t first, int n) {
+    V scale = {}, room = {};
+    for (int i = 0; i < n; i++) {
+      const double of_row = call.scale * double(static_cast<const A*>(call.upstream)[first + i]);
+      scale[i] = A(of_row), room[i] = A(headroom(of_row));
+    }
+    return Scales(scale, room);
+  }
+};
 
 // Classes are taken in chunks of MOST_KEPT. Almost every call has but one, which is read once and kept from the sums to
-// the gradient; of MANY each is read again, so that scratch stays small.
-// Loops work on copies of the members: a store to scratch might be one to a member, for all that the compiler knows.
+// the gradient; of MANY each is read again, so that scratch stays small. Loops work on copies of the members: a store
+// to scratch might be one to a member, for all that the compiler knows.
 template <class F, bool MANY> struct RowGroup {
   TYPES(F);
   typedef decltype(I{}[0] + 0) Index;
   const Call& call;
   const Options o;
-  const int64_t first, room;   // the row of lane 0; classes that there is room for
-  const int n;                 // rows in use
-  V* const z;                  // transformed logits of the chunk; once kept, exp(z - m)
-  V* const dz_dx;              // under a softcap
-  V* const q;                  // spread part of q, if DENSE
-  V* const low;                // what z was rounded by, if it is not the logits
+  const int64_t first, room;  // the row of lane 0; classes that there is room for
+  const int n;                // rows in use
+  V* const z;                 // transformed logits of the chunk; once kept, exp(z - m)
+  V* const dz_dx;             // under a softcap
+  V* const q;                 // spread part of q, if DENSE
+  V* const low;               // what z was rounded by, if it is not the logits
+  const Scales<F> scales;
   int64_t begin = 0, end = 0;  // the chunk
   Pair<V> m = {splat(-A(__builtin_inff())), V{}};
   RowSums<V> sums = {};         // their m and z_y are counted from m
   V lost[4] = {};               // of so, q_others, q_drop, e_drop
   V best = {};                  // the largest z so far
   I largest = {};               // and its class
-  V lowest, t_0, unit;          // see exp_above; exp(z - m) is kept in units of this
   I y = {}, counted = I{} - 1;  // counted: all bits set in rows that are not ignored
 
-  INLINE RowGroup(const Call& call, int64_t first, int n, void* scratch)
+  INLINE RowGroup(const Call& call, int64_t first, int n, void* scratch, const Scales<F>& scales)
       : call(call),
         o(call.options),
         first(first),
@@ -34,7 +56,8 @@ template <class F, bool MANY> struct RowGroup {
         z(static_cast<V*>(scratch)),
         dz_dx(z + room),
         q(dz_dx + room),
-        low(q + room) {
+        low(q + room),
+        scales(scales) {
     if (!call.probs) load_y();
     load(MANY ? (call.C - 1) / MOST_KEPT * MOST_KEPT : 0);
   }
@@ -73,8 +96,8 @@ template <class F, bool MANY> struct RowGroup {
 
   INLINE Pair<V> z_of(int64_t i) const { return {z[i], F::CHANGED ? low[i] : V{}}; }
   INLINE V exp_of_z(int64_t i, const Pair<V>& m) const {
-    if constexpr (F::CHANGED) return exp_minus<A>(z_of(i), m, lowest, t_0);
-    else return exp_minus<A>(z[i], m.high, lowest, t_0);
+    if constexpr (F::CHANGED) return exp_minus<A>(z_of(i), m, scales.lowest, scales.t_0);
+    else return exp_minus<A>(z[i], m.high, scales.lowest, scales.t_0);
   }
 
   INLINE void load_y() {
@@ -112,20 +135,6 @@ template <class F, bool MANY> struct RowGroup {
           else q[c - begin] = splat(block[c - from]);
       }
     }
-  }
-
-  // The upstream gradient of each row, and room for what exp(z - m) may be multiplied by.
-  INLINE V load_scale() {
-    const A* const upstream = static_cast<const A*>(call.upstream);
-    V scale = splat(A(call.scale)), more = splat(A(headroom(call.scale)));
-    if (upstream)
-      for (int i = 0; i < n; i++) {
-        const double of_row = call.scale * double(upstream[first + i]);
-        scale[i] = A(of_row), more[i] = A(headroom(of_row));
-      }
-    lowest = Constants<A>::lowest - more * A(0.69314718055994530942), t_0 = Constants<A>::round - more;
-    unit = multiply_power(V{}, t_0, splat(Constants<A>::round));  // 2^-more
-    return scale;
   }
 
   // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
@@ -215,7 +224,7 @@ template <class F, bool MANY> struct RowGroup {
   template <bool KEPT> INLINE void write_grad(const GradFactors<V, A>& factors) {
     const bool capped = F::CHANGED && o.softcap > 0;
     const V k = capped ? splat(A(1)) : splat(A(o.logit_scale));
-    const V p_scale = k * factors.p_scale * unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
+    const V p_scale = k * factors.p_scale * scales.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
     const Pair<V> m = this->m;
     const I y = this->y - Index(start()), counted = this->counted;
     StridedRows<F>(call, call.grad, first, n, begin, end)
@@ -257,10 +266,11 @@ template <class F, bool MANY> struct RowGroup {
 template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   TYPES(F);
   const A* const g_lse = static_cast<const A*>(call.g_lse);
+  const Scales<F> of_call(call);
   for (int64_t first = begin; first < end; first += F::lanes) {
     const int n = end - first < F::lanes ? int(end - first) : F::lanes;
-    RowGroup<F, MANY> group(call, first, n, scratch);
-    const V scale = group.load_scale();
+    const Scales<F> scales = call.upstream ? Scales<F>::of_rows(call, first, n) : of_call;
+    RowGroup<F, MANY> group(call, first, n, scratch, scales);
     if (call.loss) {
       const bool ranks = call.probs || call.stats;
       group.for_each_chunk([&]() LAMBDA {
@@ -268,8 +278,8 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
       });
       if (call.probs) group.y = group.largest;
       group.for_each_chunk([&]() LAMBDA { group.template add_chunk<KEEP>(); });
-      group.sums.so = (group.sums.so + group.lost[0]) * group.unit;
-      group.sums.e_drop *= group.unit;
+      group.sums.so = (group.sums.so + group.lost[0]) * scales.unit;
+      group.sums.e_drop *= scales.unit;
     } else {
       group.read_saved();
     }
@@ -280,9 +290,9 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
     if (!call.grad.data && !call.d_target.data) continue;
     V of_lse = {};
     if (g_lse) of_lse = load_first(g_lse + first, n);
-    const GradFactors<V, A> factors(row, call, scale, of_lse);
+    const GradFactors<V, A> factors(row, call, scales.scale, of_lse);
     group.for_each_chunk([&]() LAMBDA {
-      if (call.d_target.data) group.write_target_grad(row, scale);
+      if (call.d_target.data) group.write_target_grad(row, scales.scale);
       if (call.grad.data) group.template write_grad<KEEP>(factors);
     });
   }

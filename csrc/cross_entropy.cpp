@@ -125,9 +125,8 @@ void run_all_rows(const Call& call, int wanted) {
     if (!teams) return;
     const int64_t team = t * teams / T, begin = (team * T + teams - 1) / teams,
                   end = ((team + 1) * T + teams - 1) / teams;
-    isa().rows[int(call.input.dtype)](call, alone + team, alone + team + 1,
-                                      scratch.data + begin * bytes,  // a member's own
-
+    void* const of_team = scratch.data + begin * bytes;  // of its first member, who is alone no more
+    isa().rows[int(call.input.dtype)](call, alone + team, alone + team + 1, of_team,
                                       {int(t - begin), int(end - begin), &barriers[team]});
   });
 }
