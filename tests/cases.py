@@ -193,6 +193,9 @@ def _cases() -> Iterator[Case]:
     for C, dtype in ((32001, bf16), (50257, f16), (50257, f32), (131073, bf16)):
         interpreted: dict[str, Any] | None = {} if C == 32001 or dtype == f16 else None  # held, walked
         yield Case(f"C{C}-{str(dtype)[6:]}", N=1, C=C, dtype=dtype, interpreted=interpreted)
+    for kind in ("indices", "probs", "everything"):  # C++ takes more than 65,536 classes that lie apart in chunks
+        more = {"indices": {}, "probs": {"probs": f32}, "everything": everything}[kind]
+        yield Case(f"C65537-apart-{kind}", N=3, C=65537, layout=LAYOUTS["transposed"], **more, interpreted=None)
     yield Case("no-rows", N=0)
     yield Case("no-rows-sum", N=0, options={"reduction": "sum"})
     yield Case("many-rows", N=300, C=5, interpreted={"N": 130})  # 128 share a program

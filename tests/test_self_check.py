@@ -219,6 +219,13 @@ def test_what_cannot_be_compared_is_let_through(backend: Backend, monkeypatch: p
     assert launched.count("forward") == 1
 
 
+def nobody_looks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_wrong(monkeypatch, "forward", "loss")
+    launch.forward(CALLS[0].build(backend.device), "loss")
+    assert not self_check.PASSED
+    assert not self_check.DECLINED
+
+
 @only_triton
 @pytest.mark.parametrize("setting", ["0", None])
 def test_switched_off(backend: Backend, setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,19 +233,13 @@ def test_switched_off(backend: Backend, setting: str | None, monkeypatch: pytest
         pytest.skip("on a device the look is the default")
     monkeypatch.setattr(self_check, "SETTING", setting)
     self_check._is_wanted.cache_clear()
-    make_wrong(monkeypatch, "forward", "loss")
-    launch.forward(CALLS[0].build(backend.device), "loss")
-    assert not self_check.PASSED
-    assert not self_check.DECLINED
+    nobody_looks(backend, monkeypatch)
 
 
 @only_triton
 def test_never_in_a_capture(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "is_capturing", lambda device: True)
-    make_wrong(monkeypatch, "forward", "loss")
-    launch.forward(CALLS[0].build(backend.device), "loss")
-    assert not self_check.PASSED
-    assert not self_check.DECLINED
+    nobody_looks(backend, monkeypatch)
 
 
 @only_triton
