@@ -132,19 +132,23 @@ def shares_a_leaf(tensor: Tensor) -> bool:
     return base is not None and base.is_leaf and base.requires_grad
 
 
-def with_memory(tensor: Tensor) -> Tensor:
-    """The tensor, or zeros made real that torch keeps without memory.
+def with_memory(tensor: Any) -> Any:  # Tensor | None
+    """The tensor, or zeros made real that torch keeps without memory; None as it is.
 
     Raises:
         RuntimeError: its storage was freed.
     """
-    if tensor.data_ptr() or not tensor.numel():
+    if tensor is None or (tensor.data_ptr() and not tensor.storage_offset()) or not tensor.numel():
+        return tensor
+    # Of a storage without memory, the address is what the offset alone makes it.
+    if tensor.data_ptr() != tensor.storage_offset() * tensor.itemsize:
         return tensor
     if _is_zero(tensor):
         return tensor.clone()
     raise RuntimeError(
-        f"The tensor has a non-zero number of elements, but its data is not allocated: shape {tuple(tensor.shape)}, "
-        "storage freed (untyped_storage().resize_(0), as FSDP and offloading do). Bring it back first."
+        "The tensor has a non-zero number of elements, but its data is not allocated yet: expected a tensor with its "
+        f"storage, got one of shape {tuple(tensor.shape)} whose storage was freed (resized to 0 bytes, as FSDP and "
+        "offloading do). Bring it back first, or keep it until backward has run."
     )
 
 

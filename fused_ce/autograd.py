@@ -17,9 +17,8 @@ from . import _torch, operators
 from .contract import Backend, Call, Stats, Upstream
 from .options import Options
 
-_INPUT, *_OTHERS = range(5)  # what is saved, in order: input, and target, weight, grad, saved
+_INPUT, _TARGET, _WEIGHT, _GRAD, _SAVED = range(5)  # what is saved, in order
 _NO_GRADIENTS = (None,) * 4  # of what follows the target
-_GRAD = 3
 _LARGE = 1 << 20  # bytes of logits
 _thread = threading.local()
 Composite = Callable[[Call], tuple[Tensor, Stats | None]]  # the loss, differentiable to any order
@@ -83,7 +82,7 @@ class CrossEntropy(torch.autograd.Function):
         if options.inplace and fused:
             torch.autograd.graph.increment_version(input)
         ctx.version, ctx.overwrote = None, grad is input
-        ctx.save_for_backward(None if grad is input else input, target, weight, grad, saved)  # see _OTHERS
+        ctx.save_for_backward(None if grad is input else input, target, weight, grad, saved)
         ctx.options, ctx.backend, ctx.composite = options, backend, composite
         ctx.set_materialize_grads(False)
         if stats is None:
@@ -94,7 +93,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
         read = _torch.saved(ctx)
-        target, weight, grad, saved = (_real(read(i)) for i in _OTHERS)
+        target, weight, grad, saved = (_torch.with_memory(read(i)) for i in (_TARGET, _WEIGHT, _GRAD, _SAVED))
         if ctx.overwrote:
             _check_unchanged(ctx, grad)
         # create_graph=True, or a transform of this backward: only differentiable operators will do.
@@ -104,8 +103,8 @@ class CrossEntropy(torch.autograd.Function):
         options, backend, keep = ctx.options, ctx.backend, _torch.keeps_graph()
         if not keep:
             ctx.waits = None
-        g_loss = target.new_zeros((), dtype=torch.float32) if grad_output is None else _real(grad_output)
-        upstream = Upstream(g_loss, _real(g_lse))
+        g_loss = target.new_zeros((), dtype=torch.float32) if grad_output is None else grad_output
+        upstream = Upstream(_torch.with_memory(g_loss), _torch.with_memory(g_lse))
         dx, dt = None, None
         if g_lse is not None:
             grad = None  # it was made for an lse without an upstream gradient
@@ -135,7 +134,7 @@ def _logits(ctx: Any, read: Callable[[int], Any]) -> Tensor:  # (N, C, d1..dk)
     """
     input = read(_INPUT)
     _check_unchanged(ctx, input)
-    return _torch.with_memory(input)
+    return _torch.with_memory(input)  # type: ignore[no-any-return]
 
 
 def _check_unchanged(ctx: Any, logits: Tensor | None) -> None:
@@ -146,10 +145,6 @@ def _check_unchanged(ctx: Any, logits: Tensor | None) -> None:
             + ("inplace=True wrote" if logits is None else f"someone wrote, at {tuple(logits.shape)},")
             + " over the logits. Clone them before they are changed."
         )
-
-
-def _real(tensor: Any) -> Any:  # Tensor | None
-    return None if tensor is None else _torch.with_memory(tensor)
 
 
 def _frozen(options: Options) -> Options:

@@ -116,7 +116,8 @@ class Backend(Protocol):
     ) -> Tensor | None:
         """A fused gradient made right for another upstream gradient without the logits, which costs a rounding.
 
-        `exactly`: None where that would be more than one, or more than the dtype's last digits.
+        `exactly`: None where only the logits can give it within what `backward` promises: 16 bits would be rounded
+        twice, and what 32 or 64 bits rounded as too small must not be made large.
         """
 
 

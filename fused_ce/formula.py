@@ -38,6 +38,9 @@ rather than the equal 1 - (z / s)^2.
 The sums of a row (`RowSums`) are joined from those of its parts, whatever the parts are (blocks, tiles, shards of the
 classes): `combine` brings both to the larger m, by exp(m_part - m) and, for the drops, by m - m_part.
 
+z of logits narrower than float64 is kept in more than float32 where k or s makes it (csrc: the sum of two float32;
+Triton and `operators.py`: float64), because near 30 float32 rounds it by 1e-6, and a loss is a difference of such z.
+
 Origin of the parts: softmax minus one-hot as in Bridle (1990); label smoothing as in Szegedy et al.
 (2016); softcap as in Gemma 2 (2024); the z-loss L lse^2 as in PaLM (2022); sums joined part by part as in
 Milakov and Gimelshein (2018).

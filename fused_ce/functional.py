@@ -175,8 +175,7 @@ def cross_entropy(
         inplace,
         return_stats,
     )
-    # A tensor first: one that equals the default is not the default, and would get no gradient.
-    if dtype is not None or grad_scale is not None or isinstance(logit_scale, Tensor) or not options.is_plain:
+    if dtype is not None or grad_scale is not None or not options.is_plain:
         options = check_keywords(options, getattr(input, "dtype", torch.float32))
     call = Call(input, target, weight, options)
     loss, stats = _run(call, backend)

@@ -7,7 +7,7 @@ torch's to judge, in its own words and with its own derivatives.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ def judge(call: Call, name: str | None) -> tuple[Call, Backend | None]:
     if _unusual(call) or not _is_ordinary(call):
         return call, None
     call = _with_loss_dtype(call)
-    if call.weight is not None and not _takes_weight(call):
+    if not _takes_weight(call):
         return call, None
     backend = dispatch.choose(call, name)
     if backend is not None and not torch.compiler.is_compiling():
@@ -51,7 +51,7 @@ def tell(call: Call, name: str | None) -> None:
     if torch.compiler.is_compiling() or (options.is_plain and not options.inplace and name is None):
         return
     why = _unusual(call)
-    if not why and _is_ordinary(call) and (call.weight is None or _takes_weight(call)):
+    if not why and _is_ordinary(call) and _takes_weight(call):
         why = dispatch.reasons(call)
     # Of the line that called: Python tells each line once.
     warnings.warn(
@@ -99,15 +99,20 @@ def _judged_by_torch(call: Call) -> Call:
         _by_torch(*call)
     call = _with_loss_dtype(call)
     dtype = call.options.dtype or input.dtype
-    kind = dtype if call.options.dtype or weight is None else weight.dtype
+
+    def zeros(input: Sequence[int], target: Sequence[int], device: torch.device, index: torch.dtype) -> Tensor:
+        x, t = torch.zeros(input, dtype=dtype, device=device), torch.zeros(target, dtype=index, device=device)
+        kind = None if weight is None else call.options.dtype or weight.dtype
+        w = None if weight is None else torch.zeros(weight.shape, dtype=kind, device=device)
+        return _by_torch(x, t, w, call.options)
+
     # Not by a second pass over the logits: one row of zeros knows the dtypes and weights, and tensors that hold nothing
     # the shapes.
     row = 1, input.shape[1 if input.dim() > 1 else 0] if input.dim() else 1
-    one = row, row if target.is_floating_point() else (1,)
     index = torch.int64 if target.dtype == torch.uint8 and input.dim() <= 2 else target.dtype  # meta knows fewer
     try:
-        _by_torch(*_zeros(one, target.dtype, call, dtype, kind, input.device))
-        _by_torch(*_zeros((input.shape, target.shape), index, call, dtype, kind, torch.device("meta")))
+        zeros(row, row if target.is_floating_point() else (1,), input.device, target.dtype)
+        zeros(input.shape, target.shape, torch.device("meta"), index)
     except AssertionError:  # of what stands for an operator on meta
         _by_torch(*call)
     seen = _torch.under_transforms() or _torch.is_watched() or _torch.is_dispatched() or torch.compiler.is_compiling()
@@ -116,24 +121,11 @@ def _judged_by_torch(call: Call) -> Call:
     return call
 
 
-def _zeros(
-    shapes: tuple[Any, Any], index: torch.dtype, call: Call, dtype: torch.dtype, kind: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None, Options]:
-    """Arguments of these shapes and dtypes; kind: of the weight."""
-    w = None if call.weight is None else torch.zeros(call.weight.shape, dtype=kind, device=device)
-    input, target = (
-        torch.zeros(shapes[0], dtype=dtype, device=device),
-        torch.zeros(shapes[1], dtype=index, device=device),
-    )
-    return input, target, w, call.options
-
-
 def again(call: Call) -> tuple[Tensor, Stats | None]:
     """A call that the kernels took, for the derivatives of its gradient: ignored rows keep their zeros there too."""
     input, target, _, options = call
     if not target.is_floating_point():
-        ignored = target == options.ignore_index
-        input = torch.where(ignored.unsqueeze(1) if input.dim() > 1 else ignored, 0, input)
+        input = torch.where(operators.ignored(input, target, options), 0, input)
     return composite(call._replace(input=input))
 
 
@@ -227,7 +219,8 @@ def _is_ordinary(call: Call) -> bool:
 
 def _takes_weight(call: Call) -> bool:
     """torch wants the input's dtype, but where it casts both: under autocast and for a dtype asked for."""
-    assert call.weight is not None
+    if call.weight is None:
+        return True
     own, dtype = call.weight.dtype, call.options.dtype
     return own is call.input.dtype or (dtype is not None and torch.promote_types(own, dtype) is dtype)
 
@@ -250,10 +243,8 @@ def _with_memory(call: Call) -> Call:
     for number in (options.num_items, options.grad_scale):
         if isinstance(number, Tensor):
             _torch.with_memory(number)
-    if input.data_ptr() and target.data_ptr() and (weight is None or weight.data_ptr()):
-        return call
-    weight = weight if weight is None else _torch.with_memory(weight)
-    return Call(_torch.with_memory(input), _torch.with_memory(target), weight, options)
+    real = Call(_torch.with_memory(input), _torch.with_memory(target), _torch.with_memory(weight), options)
+    return call if real.input is input and real.target is target and real.weight is weight else real
 
 
 def _is_plain(tensor: Tensor) -> bool:

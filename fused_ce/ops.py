@@ -97,10 +97,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     *fields, saved, wants_target = rest
     call, backend = _chosen(input, target, weight, fields)
-    weight = weight if weight is None else _torch.with_memory(weight)
-    call = Call(_torch.with_memory(input), _torch.with_memory(target), weight, call.options)
-    g_loss = input.new_zeros(()) if grad_output is None else _torch.with_memory(grad_output)
-    upstream = Upstream(g_loss, None if g_lse is None else _torch.with_memory(g_lse))
+    input, target, weight = map(_torch.with_memory, call[:3])
+    call = Call(input, target, weight, call.options)
+    g_loss = input.new_zeros(()) if grad_output is None else grad_output
+    upstream = Upstream(_torch.with_memory(g_loss), _torch.with_memory(g_lse))
     dx, dt = backend.backward(call, None, saved, upstream, True, wants_target)
     return dx, _or_empty(dt, input)
 
@@ -139,18 +139,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(saved, *others, *(() if wants_stats else (lse,)))
 
 
-def _derivative(ctx: Any, grad_output: Tensor, __: Tensor, g_lse: Tensor, *___: Tensor) -> tuple[Tensor | None, ...]:
+def _derivative(ctx: Any, grad_output: Tensor, _: Tensor, g_lse: Tensor, *__: Tensor) -> tuple[Tensor | None, ...]:
     input, target, weight, saved = ctx.saved_tensors
     wants_target, nothing = ctx.needs_input_grad[1], [None] * (len(ctx.options) + 3)
+    of_lse = g_lse if ctx.wants_stats else None
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _torch.is_transformed(grad_output)):
         # Under a mode, but not in a graph: differentiable again.
-        call, _ = _chosen(input, target, weight, ctx.options)
-        g_loss, of_lse = grad_output, g_lse if ctx.wants_stats else None
+        call = _chosen(input, target, weight, ctx.options)[0]
         call = call._replace(options=call.options._replace(return_stats=ctx.wants_stats))
-        return *differentiable(call, gate.again, ctx.needs_input_grad, g_loss, of_lse), *nothing
-    dx, dt = torch.ops.fused_ce.backward(
-        grad_output, g_lse if ctx.wants_stats else None, input, target, weight, *ctx.options, saved, wants_target
-    )
+        return *differentiable(call, gate.again, ctx.needs_input_grad, grad_output, of_lse), *nothing
+    dx, dt = torch.ops.fused_ce.backward(grad_output, of_lse, input, target, weight, *ctx.options, saved, wants_target)
     return dx, dt if wants_target else None, *nothing
 
 

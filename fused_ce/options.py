@@ -32,8 +32,10 @@ class Options(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether `torch.nn.functional.cross_entropy` can express the call."""
+        # A tensor that equals the default is not the default: it would get no gradient.
         return (
-            self.logit_scale == 1.0
+            not isinstance(self.logit_scale, Tensor)
+            and self.logit_scale == 1.0
             and self.softcap is None
             and not isinstance(self.lse_square_scale, Tensor)
             and self.lse_square_scale == 0.0
@@ -109,7 +111,7 @@ def _scalar(name: str, value: float | Tensor | None) -> float | Tensor | None:
         return value if value.dim() == 0 else value.reshape(())  # DataParallel hands out parts of shape (1,)
     if value is not None and not _is_number(value):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}; pass a float")
-    if value is not None and not (0 < value < math.inf and value <= _LARGEST):
+    if value is not None and not 0 < value <= _LARGEST:
         raise ValueError(f"{name} must be a positive finite number, got {value}")
     return value
 

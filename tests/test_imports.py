@@ -44,7 +44,7 @@ ARROWS = {
     "backends.triton.compare": {"backends.reference"},
     "backends.triton.arguments": {"backends.triton.rows"},
     "backends.triton.plan": {"backends.triton.arguments", "backends.triton.rows"},
-    "backends.triton.readable": set(),
+    "backends.triton.readable": {"_torch"},
     "backends.triton.rows": set(),
     "backends.triton.targets": set(),
     "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "tiles")},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._torch import with_memory
+
 
 def readable(tensor: Tensor) -> Tensor:
     """The tensor with its own numbers in its memory: a kernel sees neither the negative bit nor zeros without memory.
@@ -12,15 +14,7 @@ def readable(tensor: Tensor) -> Tensor:
     Raises:
         RuntimeError: its storage was freed.
     """
-    # Of a storage without memory, the address is what the offset alone makes it.
-    if tensor.data_ptr() == tensor.storage_offset() * tensor.itemsize and tensor.numel():
-        if not tensor.untyped_storage().nbytes():
-            raise RuntimeError(
-                "The tensor has a non-zero number of elements, but its data is not allocated yet: expected a tensor "
-                f"with its storage, got one of shape {tuple(tensor.shape)} whose storage was freed (resized to 0 "
-                "bytes). Keep it until backward has run."
-            )
-        return tensor.clone()  # torch's zeros that take no memory
+    tensor = with_memory(tensor)
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
