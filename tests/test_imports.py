@@ -41,7 +41,7 @@ ARROWS = {
         "backends.reference",
         *(f"backends.triton.{name}" for name in ("arguments", "compare", "plan", "readable", "rows", "targets")),
     },
-    "backends.triton.compare": {"backends.reference"},
+    "backends.triton.compare": {"backends.reference", "formula"},
     "backends.triton.arguments": {"backends.triton.rows"},
     "backends.triton.plan": {"backends.triton.arguments", "backends.triton.rows"},
     "backends.triton.readable": {"_torch"},

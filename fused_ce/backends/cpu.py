@@ -141,10 +141,10 @@ def rescale(
 
 
 def _multiplied(grad: Tensor, ratio: float, target: Tensor, options: Options, keep: bool) -> Tensor:
-    range = torch.finfo(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+    info = torch.finfo(torch.float64 if grad.dtype == torch.float64 else torch.float32)
     # Three factors where the dtype cannot hold the ratio.
     mantissa, exponent = math.frexp(ratio)
-    fits = range.tiny <= abs(ratio) <= range.max or not math.isfinite(ratio)
+    fits = info.tiny <= abs(ratio) <= info.max or not math.isfinite(ratio)
     factors = [ratio] if fits else [mantissa, 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)]
     for factor in factors:
         grad = grad * factor if keep else grad.mul_(factor)

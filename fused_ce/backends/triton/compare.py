@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...contract import Call, Stats, Upstream
+from ...formula import transform
 from .. import reference
 
 ROWS = 4
@@ -172,10 +173,9 @@ def _candidates(call: Call) -> tuple[Tensor, Tensor]:  # (r,) int64, (r,) bool
 
 def _z_and_q(x: Tensor, t: Tensor, w: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:  # (r, C) each
     """What `formula.py` calls z, and the sizes of its q."""
-    k, s, e, C = call.options.logit_scale, call.options.softcap, call.options.smoothing, call.classes
-    z = x * k if s is None else s * torch.tanh(x * (k / s))
+    e, C = call.options.smoothing, call.classes
     q = t.abs() if call.has_probs else (torch.arange(C, device="cpu") == t[:, None]).double()
-    return z, ((1 - e) * q + e / C) * (1.0 if w is None else w.abs())
+    return transform(x, call.options), ((1 - e) * q + e / C) * (1.0 if w is None else w.abs())
 
 
 def _of_rows(values: Tensor, rows: Tensor) -> Tensor:  # () or R -> (r,) on the CPU
