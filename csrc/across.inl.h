@@ -43,7 +43,7 @@ template <class F, bool MANY> struct RowGroup {
   Pair<V> m = {splat(-A(__builtin_inff())), V{}};
   RowSums<V> sums = {};         // their m and z_y are counted from m
   V lost[4] = {};               // of so, q_others, q_drop, e_drop
-  V best = {};                  // the largest z so far
+  Pair<V> best = {};            // the largest z so far
   I largest = {};               // and its class
   I y = {}, counted = I{} - 1;  // counted: all bits set in rows that are not ignored
 
@@ -84,8 +84,7 @@ template <class F, bool MANY> struct RowGroup {
           z[c] = z_c.high;
           if constexpr (F::CHANGED) {
             low[c] = z_c.low;
-            const auto larger = (z_c.high > m.high) | ((z_c.high == m.high) & (z_c.low > m.low));
-            m.low = larger ? z_c.low : m.low;
+            m.low = exceeds(z_c, m) ? z_c.low : m.low;
           }
           m.high = max(z_c.high, m.high);
           if (capped) dz_dx[c] = transform_grad<F>(x_c, o);
@@ -94,6 +93,9 @@ template <class F, bool MANY> struct RowGroup {
     if constexpr (F::DENSE) load_q();
   }
 
+  static INLINE auto exceeds(const Pair<V>& a, const Pair<V>& b) {
+    return (a.high > b.high) | ((a.high == b.high) & (a.low > b.low));
+  }
   INLINE Pair<V> z_of(int64_t i) const { return {z[i], F::CHANGED ? low[i] : V{}}; }
   INLINE V exp_of_z(int64_t i, const Pair<V>& m) const {
     if constexpr (F::CHANGED) return exp_minus<A>(z_of(i), m, scales.lowest, scales.t_0);
@@ -140,14 +142,17 @@ template <class F, bool MANY> struct RowGroup {
   // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
   void find_largest() {
     I at = {};
-    V most = z[0];
+    Pair<V> most = z_of(0);
     for (int64_t i = 1; i < count(); i++) {
-      const auto larger = (z[i] > most) | ((z[i] != z[i]) & (most == most));
-      most = larger ? z[i] : most;
+      const Pair<V> z_c = z_of(i);
+      const auto larger = exceeds(z_c, most) | ((z_c.high != z_c.high) & (most.high == most.high));
+      most.high = larger ? z_c.high : most.high;
+      most.low = larger ? z_c.low : most.low;
       at = larger ? I{} + Index(i) : at;
     }
-    const auto takes = start() + count() == call.C ? I{} - 1 : (most >= best) | (most != most);
-    best = takes ? most : best;
+    const auto takes = start() + count() == call.C ? I{} - 1 : ~exceeds(best, most) | (most.high != most.high);
+    best.high = takes ? most.high : best.high;
+    best.low = takes ? most.low : best.low;
     largest = takes ? at + Index(start()) : largest;
   }
 

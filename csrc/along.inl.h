@@ -84,7 +84,7 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
   const T* const x = row.x;
   const int64_t y = row.y;
   const double m = transform_ordered<F>(block_largest<F>(x, begin, end, o, nullptr), o), top = finite(m);
-  const Shifted<A> shifted(A(top), headroom(call.scale));
+  const Shifted<A> shifted(top, headroom(call.scale));
   const Pair<V> of_top = {splat(A(top)), splat(A(top - double(A(top))))};
   V total[4] = {}, lost[4] = {};  // of so, q_others, q_drop, e_drop
   A q[F::DENSE ? BLOCK : 1];
@@ -135,7 +135,7 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
   const Options o = call.options;
   const T* const x = row.x;
   T* const dx = row.dx;
-  const Shifted<A> shifted(A(m), headroom(KEPT ? call.scale : factors.p_scale));
+  const Shifted<A> shifted(m, headroom(KEPT ? call.scale : factors.p_scale));
   const bool capped = F::CHANGED && o.softcap > 0;
   const double k = capped ? 1 : o.logit_scale;  // without a softcap dz/dx is the same number everywhere
   const A p_scale = A(k * factors.p_scale * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit);

@@ -69,7 +69,7 @@ def composite(call: Call) -> tuple[Tensor, Stats | None]:
     input, target, weight, options = call
     if options.is_plain:
         if options.dtype is not None:
-            input = input.to(options.dtype)
+            input = input.to(options.dtype) if isinstance(input, Tensor) else input
             weight = weight.to(options.dtype) if isinstance(weight, Tensor) else weight
         return _by_torch(input, target, weight, options), None
     call = _judged_by_torch(call)
@@ -205,14 +205,15 @@ def _is_ordinary(call: Call) -> bool:
     if weight is not None:
         classes = shape[:1] if rank == 1 else shape[1:2]
         fits = fits and _is_plain(weight) and weight.shape == classes and weight.dtype in FLOATS
-        # torch takes uint8 targets with a weight, but not with smoothing too.
-        fits = fits and not (weight.requires_grad or (kind is torch.uint8 and options.label_smoothing > 0))
+        fits = fits and not weight.requires_grad
     return (
         fits
         and -(2**63) <= options.ignore_index < 2**63
         and options.reduction in REDUCTIONS
         and type(options.label_smoothing) in (float, int)
         and not options.label_smoothing > 1
+        # torch takes uint8 targets with a weight, but not with smoothing too.
+        and not (kind is torch.uint8 and weight is not None and options.label_smoothing > 0)
         and (options.dtype is None or options.dtype in FLOATS)
     )
 

@@ -23,6 +23,10 @@ LIMITS = (
     "subnormal upstream of large weights",
     # The scale 1 / D of an infinite D is 0, and with it goes the z-loss, which has a divisor of its own.
     "infinite weights beside a z-loss",
+    # w t is 0 in float32, and 0 times the infinite distance of a logit of -inf is NaN.
+    "weights of 1e-37 beside logits of -inf",
+    # Made for a grad_scale above the upstream gradient that came: what overflowed stays infinite.
+    "a gradient that overflows under grad_scale",
     # A sum of weights of 1e30 times logits of 1e38 is beyond float32.
     "extreme logits under weights near the ends of float32",
 )
@@ -63,6 +67,10 @@ def gradient_faults(call: Drawn, grad: Tensor, exact: Answers, reference: Any) -
     finite = torch.broadcast_to(call.upstream.isfinite().reshape(-1), (len(exact.counted),)).numpy()
     if got[torch.from_numpy(exact.counted & ~finite)].isfinite().any():
         yield "gradient: finite under an upstream gradient that is not"
+    expected = 1.0 if call.keywords["grad_scale"] is None else float(call.keywords["grad_scale"])
+    overflows = call.notes["values"] == "extreme" and call.keywords["lse_square_scale"] and expected > 1
+    if overflows and "a gradient that overflows under grad_scale" in LIMITS:
+        return
     ends = call.notes["weight"] == "1e30" and call.notes["upstream"] == "subnormal" and grad.dtype != torch.float64
     if ends and "subnormal upstream of large weights" in LIMITS:
         return
@@ -74,7 +82,7 @@ def stats_faults(call: Drawn, stats: Any, exact: Answers) -> Iterator[str]:
     for name in ("lse", "entropy", "z_loss"):
         got, truth = getattr(stats, name).detach(), getattr(exact, name)
         if name == "entropy" and "entropy where the target is not the top" in LIMITS:
-            eps = 100 * torch.finfo(got.dtype).eps
+            eps = (1000 if got.dtype == torch.float64 else 100) * torch.finfo(got.dtype).eps
             truth = truth._replace(bound=truth.bound + np.where(exact.counted, eps, 0))
         yield from differs(name, got.reshape(truth.value.shape), truth)
     argmax, z = stats.argmax.reshape(-1).numpy(), exact.z

@@ -97,3 +97,22 @@ def test_smoothing_of_1_beside_minus_infinity() -> None:
     x = torch.tensor([[-torch.inf, 1.0, 2.0]])
     assert cross_entropy(x, torch.tensor([0]), label_smoothing=1.0) == torch.inf
     assert F.cross_entropy(x, torch.tensor([0]), label_smoothing=1.0).isnan()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("scale", [2.5, -2.5, 0.7])
+def test_scaled_logits_near_the_largest_number(scale: float, across: bool) -> None:
+    # Their differences are beyond float32, and what a product is rounded by is beyond 1.
+    seed = torch.Generator().manual_seed(1)
+    x = (torch.rand(3, 2100, generator=seed) * 2 - 1) * 8e37
+    y = torch.tensor([5, 700, 2099])
+    x[2, 2099] = x[2].abs().max() * (1 if scale > 0 else -1)
+    x = (x.t().contiguous().t() if across else x).requires_grad_()
+    loss = cross_entropy(x, y, reduction="none", logit_scale=scale, backend="cpu")
+    exact = exact_loss(x.detach(), y, None, Options(reduction="none", logit_scale=scale))
+    assert ((loss.double() - exact).abs() <= LOSS_GOAL * ulp(exact, torch.float32)).all()
+    grad = torch.autograd.grad(loss.sum(), x)[0].double()
+    z = (x.detach().double() * scale).requires_grad_()
+    truth = torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), z)[0] * scale
+    assert torch.equal(grad, truth.float().double())

@@ -56,10 +56,10 @@ template <class A, class V> INLINE V expm1_reduced(V x, V rest, V* t) {
   return r + (r * r) * p;
 }
 
-// exp of x in [lowest, 0], less t_0's power of 2. Below `lowest` 0; NaN stays NaN.
+// exp of x in [lowest, 0], less t_0's power of 2. Below `lowest` 0, whatever the rest; NaN stays NaN.
 template <class A, class V> INLINE V exp_above(V x, V rest, V lowest, V t_0) {
   V t;
-  const V reduced = expm1_reduced<A>(x < lowest ? lowest : x, rest, &t);
+  const V reduced = expm1_reduced<A>(x < lowest ? lowest : x, x < lowest ? V{} : rest, &t);
   const V result = multiply_power(reduced, t, t_0);
   return lowest_is_0 ? result : x < lowest ? V{} : result;
 }
@@ -83,15 +83,14 @@ INLINE int headroom(double scale) {
 // -50: the rounded-off part is given back (Knuth's two-sum).
 template <class A, class V> INLINE V exp_minus(V z, V m, V lowest, V t_0) {
   const V d = z - m, minus_m = d - z;
-  const V result = exp_above<A>(d, (z - (d - minus_m)) - (m + minus_m), lowest, t_0);
-  return d < lowest ? V{} : result;  // minus infinity has no rest
+  return exp_above<A>(d, (z - (d - minus_m)) - (m + minus_m), lowest, t_0);
 }
 template <class A, class V> INLINE V exp_minus(const Pair<V>& z, const Pair<V>& m, V lowest, V t_0) {
   const V d = z.high - m.high, minus_m = d - z.high;
   const V rest = (z.high - (d - minus_m)) - (m.high + minus_m) + (z.low - m.low);
   const V sum = d + rest;  // the low part of a large z is not small beside d
   const V result = exp_above<A>(sum, rest - (sum - d), lowest, t_0);
-  return d < lowest ? V{} : result;
+  return d < lowest ? V{} : result;  // minus infinity has no rest
 }
 
 // exp(z - m) for z <= m and one m, but for a factor that is known to double precision: what is subtracted is a
@@ -100,21 +99,24 @@ template <class A, class V> INLINE V exp_minus(const Pair<V>& z, const Pair<V>& 
 template <class A> struct Shifted {
   typedef Constants<A> K;
   typedef typename Simd<A>::V V;
-  V base, lowest, t_0;
+  V base, base_low, lowest, t_0;
   double shift, unit;  // the factor is exp(shift - m) times this power of 2
 
-  INLINE Shifted(A m, int headroom) {
-    const A b = __builtin_fabs(m) < K::near ? A(0) : m, rest = m - b;
+  INLINE Shifted(double m, int headroom) {
+    const bool near = __builtin_fabs(m) < K::near;
+    const A b = near ? A(0) : A(m), b_low = near ? A(0) : A(m - double(b)), rest = near ? A(m) : A(0);
     const A t = rest * A(1.442695040888963407) + K::round;  // as in expm1_reduced
-    base = splat(b), lowest = splat(rest + K::lowest - A(headroom * 0.69314718055994530942));
+    base = splat(b), base_low = splat(m - m == 0 ? b_low : A(0));
+    lowest = splat(rest + K::lowest - A(headroom * 0.69314718055994530942));
     t_0 = splat(t - A(headroom));
-    shift = double(b) + double(t - K::round) * 0.69314718055994530942;
+    shift = double(b) + double(base_low[0]) + double(t - K::round) * 0.69314718055994530942;
     unit = __builtin_ldexp(1.0, -headroom);
   }
   INLINE V exp(V z) const { return exp_above<A>(z - base, V{}, lowest, t_0); }
   INLINE V exp(const Pair<V>& z) const {
-    const V x = z.high - base, sum = x + z.low;  // the low part of a large z is not small beside x
-    return exp_above<A>(sum, z.low - (sum - x), lowest, t_0);
+    // The low part of a large z is not small beside x.
+    const V x = z.high - base, low = z.low - base_low, sum = x + low;
+    return exp_above<A>(sum, low - (sum - x), lowest, t_0);
   }
 };
 
@@ -223,8 +225,10 @@ INLINE Pair<Vec::f32> product(Vec::f32 x, double k) {
 #ifdef FUSED_CE_HAS_FMS
   const float high = float(k), low = float(k - double(high));
   const Vec::f32 p = x * high, rest = fms(x, splat(high), p) + x * low;
-  const Vec::f32 sum = p + rest, lost = rest - (sum - p);                   // rest may be a digit of p
-  return {sum - sum == 0 ? sum : p, lost - lost == 0 ? lost : Vec::f32{}};  // inf - inf would be NaN
+  const Vec::f32 sum = p + rest, lost = rest - (sum - p);  // rest may be a digit of p
+  // Both together fit a double, as m has to: a digit of a large z that m did not have would be beyond exp.
+  const Vec::f32 digit = sum * 0x1p-28f, low_part = (lost + digit) - digit;
+  return {sum - sum == 0 ? sum : p, low_part - low_part == 0 ? low_part : Vec::f32{}};  // inf - inf would be NaN
 #else
   return in_double(x, [&](Vec::f64 x_c) LAMBDA { return x_c * k; });
 #endif
