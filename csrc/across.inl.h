@@ -15,12 +15,8 @@ template <class F> struct Scales {
 
   INLINE explicit Scales(const Call& call) : Scales(splat(A(call.scale)), splat(A(headroom(call.scale)))) {}
   static INLINE Scales of_rows(const Call& call, int64_t first, int n) {
-    V scale = {}, room = {};
-    for (int i = 0; i < n; i++) {
-      const double of_row = call.scale * double(static_cast<const A*>(call.upstream)[first + i]);
-      scale[i] = A(of_row), room[i] = A(headroom(of_row));
-    }
-    return Scales(scale, room);
+    const V scale = A(call.scale) * load_first(static_cast<const A*>(call.upstream) + first, n);
+    return Scales(scale, headroom_of<A>(scale));
   }
 };
 
@@ -32,33 +28,31 @@ template <class F, bool MANY> struct RowGroup {
   typedef decltype(I{}[0] + 0) Index;
   const Call& call;
   const Options o;
-  const int64_t first, room;  // the row of lane 0; classes that there is room for
-  const int n;                // rows in use
-  V* const z;                 // transformed logits of the chunk; once kept, exp(z - m)
-  V* const dz_dx;             // under a softcap
-  V* const q;                 // spread part of q, if DENSE
-  V* const low;               // what z was rounded by, if it is not the logits
+  const int64_t room;  // classes that there is room for
+  V* const z;          // transformed logits of the chunk; once kept, exp(z - m)
+  V* const dz_dx;      // under a softcap
+  V* const q;          // spread part of q, if DENSE
+  V* const low;        // what z was rounded by, if it is not the logits
   const Scales<F> scales;
-  int64_t begin = 0, end = 0;  // the chunk
+  Part part;  // the chunk
   Pair<V> m = {splat(-A(__builtin_inff())), V{}};
-  RowSums<V> sums = {};         // their m and z_y are counted from m
-  V lost[4] = {};               // of so, q_others, q_drop, e_drop
-  Pair<V> best = {};            // the largest z so far
-  I largest = {};               // and its class
-  I y = {}, counted = I{} - 1;  // counted: all bits set in rows that are not ignored
+  RowSums<V> sums = {};  // their m and z_y are counted from m
+  V lost[4] = {};        // of so, q_others, q_drop, e_drop
+  Pair<V> best = {};     // the largest z so far
+  I largest = {};        // and its class
+  Labels<F> labels;
 
   INLINE RowGroup(const Call& call, int64_t first, int n, void* scratch, const Scales<F>& scales)
       : call(call),
         o(call.options),
-        first(first),
         room(call.C < MOST_KEPT ? call.C : MOST_KEPT),
-        n(n),
         z(static_cast<V*>(scratch)),
         dz_dx(z + room),
         q(dz_dx + room),
         low(q + room),
-        scales(scales) {
-    if (!call.probs) load_y();
+        scales(scales),
+        part{first, call.dims.place(first), n} {
+    if (!call.probs) labels = load_labels<F>(call, part);
     load(MANY ? (call.C - 1) / MOST_KEPT * MOST_KEPT : 0);
   }
 
@@ -66,31 +60,31 @@ template <class F, bool MANY> struct RowGroup {
   template <class Work> INLINE void for_each_chunk(Work work) {
     if constexpr (!MANY) return work();
     for (int64_t from = (call.C - 1) / MOST_KEPT * MOST_KEPT; from >= 0; from -= MOST_KEPT) {
-      if (from != begin) load(from);
+      if (from != part.begin) load(from);
       work();
     }
   }
 
-  INLINE int64_t start() const { return MANY ? begin : 0; }
-  INLINE int64_t count() const { return MANY ? end - begin : call.C; }
+  INLINE int64_t start() const { return MANY ? part.begin : 0; }
+  INLINE int64_t count() const { return MANY ? part.end - part.begin : call.C; }
 
   INLINE void load(int64_t from) {
-    begin = from, end = from + MOST_KEPT < call.C ? from + MOST_KEPT : call.C;
+    part.begin = from, part.end = from + MOST_KEPT < call.C ? from + MOST_KEPT : call.C;
     Pair<V> m = this->m;
     const bool capped = F::CHANGED && o.softcap > 0 && call.grad.data;
-    StridedRows<F>(call, call.input, first, n, begin, end)
-        .read(reinterpret_cast<T*>(q), [&](int64_t c, V x_c) LAMBDA {  // q comes later
-          const Pair<V> z_c = transform<F>(x_c, o);
-          z[c] = z_c.high;
-          if constexpr (F::CHANGED) {
-            low[c] = z_c.low;
-            m.low = exceeds(z_c, m) ? z_c.low : m.low;
-          }
-          m.high = max(z_c.high, m.high);
-          if (capped) dz_dx[c] = transform_grad<F>(x_c, o);
-        });
+    // q comes later.
+    StridedRows<F>(call, call.input, part).read(reinterpret_cast<T*>(q), [&](int64_t c, V x_c) LAMBDA {
+      const Pair<V> z_c = transform<F>(x_c, o);
+      z[c] = z_c.high;
+      if constexpr (F::CHANGED) {
+        low[c] = z_c.low;
+        m.low = exceeds(z_c, m) ? z_c.low : m.low;
+      }
+      m.high = max(z_c.high, m.high);
+      if (capped) dz_dx[c] = transform_grad<F>(x_c, o);
+    });
     this->m = m;
-    if constexpr (F::DENSE) load_q();
+    if constexpr (F::DENSE) load_q<F>(q, call, part);
   }
 
   static INLINE auto exceeds(const Pair<V>& a, const Pair<V>& b) {
@@ -100,43 +94,6 @@ template <class F, bool MANY> struct RowGroup {
   INLINE V exp_of_z(int64_t i, const Pair<V>& m) const {
     if constexpr (F::CHANGED) return exp_minus<A>(z_of(i), m, scales.lowest, scales.t_0);
     else return exp_minus<A>(z[i], m.high, scales.lowest, scales.t_0);
-  }
-
-  INLINE void load_y() {
-    Index labels[F::lanes] = {}, counts[F::lanes] = {};
-    const View& target = call.target;
-    if (target.dtype == DType::int64 && n == F::lanes && call.dims.in_line(first, n) &&
-        target.strides[call.dims.rank - 1] == 1) {
-      const int64_t* const p = static_cast<const int64_t*>(target.data) + call.dims.offset(target, first);
-      constexpr int some = lanes_of<Vec::i64>;
-      typedef Index Narrow __attribute__((vector_size(some * sizeof(Index))));
-      for (int i = 0; i < F::lanes; i += some) {
-        const Vec::i64 label = read<Vec::i64>(p + i), counts_i = label != o.ignore_index;
-        write(labels + i, __builtin_convertvector(label & counts_i, Narrow));
-        write(counts + i, __builtin_convertvector(counts_i, Narrow));
-      }
-    } else {
-      for (int i = 0; i < n; i++) {
-        const int64_t label = call.target_at(call.dims.offset(target, first + i));
-        counts[i] = label == o.ignore_index ? 0 : -1;
-        labels[i] = Index(label) & counts[i];
-      }
-    }
-    y = read<I>(labels), counted = read<I>(counts);
-  }
-
-  void load_q() {
-    A block[BLOCK];
-    for (int i = 0; i < (call.probs ? n : 1); i++) {
-      const int64_t offset = call.probs ? call.dims.offset(call.target, first + i) : 0;
-      for (int64_t from = begin; from < end; from += BLOCK) {
-        const int64_t to = from + BLOCK < end ? from + BLOCK : end;
-        spread_q(block, call, offset, from, to);
-        for (int64_t c = from; c < to; c++)
-          if (call.probs) q[c - begin][i] = block[c - from];
-          else q[c - begin] = splat(block[c - from]);
-      }
-    }
   }
 
   // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
@@ -160,7 +117,7 @@ template <class F, bool MANY> struct RowGroup {
   template <bool KEEP> INLINE void add_chunk() {
     const bool wants_stats = call.stats;
     const Pair<V> m = this->m;
-    const I y = this->y - Index(start());
+    const I y = labels.y - Index(start());
     RowSums<V> sums = this->sums;
     V z_y = sums.z_y;
     V lost[4] = {this->lost[0], this->lost[1], this->lost[2], this->lost[3]};
@@ -192,17 +149,17 @@ template <class F, bool MANY> struct RowGroup {
   }
 
   INLINE void read_saved() {
-    for (int i = 0; i < n; i++) {
-      const Saved& saved = call.saved[first + i];
-      m.high[i] = A(saved.m), m.low[i] = A(saved.m - double(m.high[i]));
-      sums.so[i] = A(saved.so), sums.q_others[i] = A(saved.q_others);
-      if (call.probs) y[i] = Index(saved.y);
-    }
-    const Pair<V> of_row = m;
+    const Saved& saved = call.saved;
+    const auto of_rows = [&](const double* column) LAMBDA { return from_doubles(V{}, column + part.first, part.n); };
+    const Pair<V> of_row = of_rows(saved.m);
+    sums.so = of_rows(saved.so).high;
+    if constexpr (F::DENSE) sums.q_others = of_rows(saved.q_others).high;
+    if (call.probs)
+      for (int i = 0; i < part.n; i++) labels.y[i] = Index(saved.y[part.first + i]);
     for_each_chunk([&]() LAMBDA {
       m = of_row;  // which loading a chunk has raised to what it holds, rounded
       for (int64_t i = 0; i < count(); i++) {
-        const auto is_y = y == Index(start() + i);
+        const auto is_y = labels.y == Index(start() + i);
         sums.z_y = is_y ? minus<F>(z_of(i), of_row) : sums.z_y;
         if constexpr (F::DENSE) sums.q_y = is_y ? q[i] : sums.q_y;
       }
@@ -213,17 +170,20 @@ template <class F, bool MANY> struct RowGroup {
   INLINE void add_own_q() {
     V own = splat(own_q<A>(call, 0));
     if (call.weight && !call.probs)
-      for (int i = 0; i < n; i++) own[i] = own_q<A>(call, y[i]);
+      for (int i = 0; i < part.n; i++) own[i] = own_q<A>(call, labels.y[i]);
     sums.q_y += own;
   }
 
   INLINE void write_rows(const RowTerms<V, A>& row) {
-    const V loss = counted ? row_loss(row, call) : V{};
-    store_first(static_cast<A*>(call.loss) + first, loss, n);
-    if (call.saved)
-      for (int i = 0; i < n; i++)
-        call.saved[first + i] = Saved{double(m.high[i]) + double(m.low[i]), double(sums.so[i]),
-                                      double(sums.q_others[i]), counted[i] ? double(y[i]) : -1.0};
+    const V loss = labels.counted ? row_loss(row, call) : V{};
+    store_first(static_cast<A*>(call.loss) + part.first, loss, part.n);
+    const Saved& saved = call.saved;
+    if (!saved.m) return;
+    to_doubles(saved.m + part.first, m, part.n);
+    to_doubles(saved.so + part.first, {sums.so, V{}}, part.n);
+    if constexpr (F::DENSE) to_doubles(saved.q_others + part.first, {sums.q_others, V{}}, part.n);
+    if (call.probs)
+      for (int i = 0; i < part.n; i++) saved.y[part.first + i] = double(labels.y[i]);
   }
 
   template <bool KEPT> INLINE void write_grad(const GradFactors<V, A>& factors) {
@@ -231,40 +191,34 @@ template <class F, bool MANY> struct RowGroup {
     const V k = capped ? splat(A(1)) : splat(A(o.logit_scale));
     const V p_scale = k * factors.p_scale * scales.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
     const Pair<V> m = this->m;
-    const I y = this->y - Index(start()), counted = this->counted;
-    StridedRows<F>(call, call.grad, first, n, begin, end)
-        .write(reinterpret_cast<T*>(q), [&](int64_t i) LAMBDA {  // never ahead of q
-          V e_c = KEPT ? z[i] : exp_of_z(i, m), q_c = {};
-          if constexpr (F::DENSE) q_c = q[i];
-          V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
-          dx_c = y == Index(i) ? dz_y : dx_c;
-          if (capped) dx_c *= dz_dx[i];
-          return counted ? dx_c : V{};
-        });
+    const I y = labels.y - Index(start()), counted = labels.counted;
+    StridedRows<F>(call, call.grad, part).write(reinterpret_cast<T*>(q), [&](int64_t i) LAMBDA {  // never ahead of q
+      V e_c = KEPT ? z[i] : exp_of_z(i, m), q_c = {};
+      if constexpr (F::DENSE) q_c = q[i];
+      V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
+      dx_c = y == Index(i) ? dz_y : dx_c;
+      if (capped) dx_c *= dz_dx[i];
+      return counted ? dx_c : V{};
+    });
   }
 
   void write_target_grad(const RowTerms<V, A>& row, V scale) {
     const A* w = static_cast<const A*>(call.weight);
     const V share = scale * A(1 - o.label_smoothing);
-    A dt[BLOCK];
-    for (int i = 0; i < n; i++) {
-      const int64_t offset = call.dims.offset(call.d_target, first + i);
-      for (int64_t from = begin; from < end; from += BLOCK) {
-        const int64_t to = from + BLOCK < end ? from + BLOCK : end;
-        for (int64_t c = from; c < to; c++)
-          dt[c - from] = target_grad(-minus<F>(z_of(c - begin), m)[i], row.lse_m[i], share[i] * (w ? w[c] : A(1)));
-        write_elements(call.d_target.data, call.d_target.dtype, offset + from * call.d_target.class_stride,
-                       call.d_target.class_stride, dt, to - from);
-      }
-    }
+    const Pair<V> m = this->m;
+    // Into q, which is not needed any more.
+    write_probs_grad<F>(q, call, part, [&](int64_t i) LAMBDA {
+      return target_grad(-minus<F>(z_of(i), m), row.lse_m, w ? share * w[start() + i] : share);
+    });
   }
 
   void write_stats(const RowTerms<V, A>& row, I argmax) {
     const V entropy = row_entropy(row);
-    for (int i = 0; i < n; i++)
-      call.stats[first + i] = counted[i] ? row_stats(double(m.high[i]) + (double(m.low[i]) + double(row.lse_m[i])),
-                                                     double(entropy[i]), o.lse_square_scale, argmax[i])
-                                         : Stats{0, 0, 0, -1};
+    for (int i = 0; i < part.n; i++)
+      call.stats[part.first + i] = labels.counted[i]
+                                       ? row_stats(double(m.high[i]) + (double(m.low[i]) + double(row.lse_m[i])),
+                                                   double(entropy[i]), o.lse_square_scale, argmax[i])
+                                       : Stats{0, 0, 0, -1};
   }
 };
 
@@ -281,7 +235,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
       group.for_each_chunk([&]() LAMBDA {
         if (ranks) group.find_largest();
       });
-      if (call.probs) group.y = group.largest;
+      if (call.probs) group.labels.y = group.largest;
       group.for_each_chunk([&]() LAMBDA { group.template add_chunk<KEEP>(); });
       group.sums.so = (group.sums.so + group.lost[0]) * scales.unit;
       group.sums.e_drop *= scales.unit;
@@ -297,8 +251,8 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
     if (g_lse) of_lse = load_first(g_lse + first, n);
     const GradFactors<V, A> factors(row, call, scales.scale, of_lse);
     group.for_each_chunk([&]() LAMBDA {
-      if (call.d_target.data) group.write_target_grad(row, scales.scale);
       if (call.grad.data) group.template write_grad<KEEP>(factors);
+      if (call.d_target.data) group.write_target_grad(row, scales.scale);
     });
   }
 }

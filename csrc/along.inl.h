@@ -1,5 +1,5 @@
-// Rows whose classes lie side by side: the lanes of a vector are classes, and a row is taken in blocks that stay in the
-// L1 cache. No block waits for another, and a row's bits are the same however many threads share it.
+// Rows of many classes: the lanes of a vector are classes, and a row is taken in blocks that stay in the L1 cache. No
+// block waits for another, and a row's bits are the same however many threads share it.
 // Included inside a namespace, once for each instruction set: nothing may be #included here.
 
 constexpr int64_t BLOCK = 2048;  // classes
@@ -8,25 +8,44 @@ constexpr int64_t BLOCK = 2048;  // classes
 // rounded the same way every time.
 constexpr int64_t RUN = 8;
 
-// Calls f(x, class, lanes in use, turn) for the vectors of a block; x past the end holds 0. turn alternates, so that
-// callers keep two independent sums.
-template <class F, class Function>
-INLINE void for_each_vector(const typename F::T* x, int64_t begin, int64_t end, Function f) {
+// The classes of a row: side by side, or `stride` apart.
+template <class T> struct Classes {
+  T* p;
+  int64_t stride;
+
+  // Those of the block [begin, end) side by side, in `room` where they do not lie so.
+  INLINE const T* block(T* room, int64_t begin, int64_t end) const {
+    if (stride == 1) return p + begin;
+    const T* const from = p + begin * stride;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < end - begin; i++) room[i] = from[i * stride];
+    return room;
+  }
+  INLINE void scatter(const T* room, int64_t begin, int64_t end) const {
+    T* const to = p + begin * stride;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < end - begin; i++) to[i * stride] = room[i];
+  }
+};
+
+// Calls f(x, number in the block, lanes in use, turn) for the vectors of a block of n classes; x past the end holds 0.
+// turn alternates, so that callers keep two independent sums.
+template <class F, class Function> INLINE void for_each_vector(const typename F::T* x, int64_t n, Function f) {
   TYPES(F);
-  const auto whole = [&](int64_t c, int turn) LAMBDA { f(load(x + c), c, F::lanes, turn); };
-  int64_t c = begin;
-  for (; c + 2 * F::lanes <= end; c += 2 * F::lanes) whole(c, 0), whole(c + F::lanes, 1);
-  if (c + F::lanes <= end) whole(c, 0), c += F::lanes;
-  if (c < end) f(load_first(x + c, end - c), c, int(end - c), 1);
+  const auto whole = [&](int64_t i, int turn) LAMBDA { f(load(x + i), i, F::lanes, turn); };
+  int64_t i = 0;
+  for (; i + 2 * F::lanes <= n; i += 2 * F::lanes) whole(i, 0), whole(i + F::lanes, 1);
+  if (i + F::lanes <= n) whole(i, 0), i += F::lanes;
+  if (i < n) f(load_first(x + i, n - i), i, int(n - i), 1);
 }
 
 // The largest of a block, in the order of z; where one is NaN, `nan` is.
 template <class F>
-INLINE typename F::A block_largest(const typename F::T* x, int64_t begin, int64_t end, const Options& o, bool* nan) {
+INLINE typename F::A block_largest(const typename F::T* x, int64_t count, const Options& o, bool* nan) {
   TYPES(F);
   const A lowest = -A(__builtin_inff());
   V most[2] = {splat(lowest), splat(lowest)}, nans = {};  // nans: 0, or a NaN
-  for_each_vector<F>(x, begin, end, [&](V x_c, int64_t, int n, int turn) LAMBDA {
+  for_each_vector<F>(x, count, [&](V x_c, int64_t, int n, int turn) LAMBDA {
     V key = order<F>(x_c, o);
     if (n < F::lanes) key = keep_first<A>(key, n, lowest);
     most[turn] = max(key, most[turn]);
@@ -40,28 +59,30 @@ INLINE typename F::A block_largest(const typename F::T* x, int64_t begin, int64_
 }
 
 // The largest logit, which is left out of the sum when no target is named; a NaN counts as largest, as in torch.
-template <class F> int64_t largest(const typename F::T* x, int64_t C, const Options& options) {
+template <class F> int64_t largest(const Classes<typename F::T>& x, int64_t C, const Options& options) {
   TYPES(F);
+  T room[BLOCK];
   const Options o = options;
   A best = -A(__builtin_inff());
   bool nan = false;
   int64_t from = 0, y = -1;
   for (int64_t begin = 0; begin < C && !nan; begin += BLOCK) {
-    const A m = block_largest<F>(x, begin, begin + BLOCK < C ? begin + BLOCK : C, o, &nan);
+    const int64_t end = begin + BLOCK < C ? begin + BLOCK : C;
+    const A m = block_largest<F>(x.block(room, begin, end), end - begin, o, &nan);
     if (m > best || nan) best = m, from = begin;
   }
-  for_each_vector<F>(x, from, from + BLOCK < C ? from + BLOCK : C, [&](V x_c, int64_t c, int n, int) LAMBDA {
+  const int64_t end = from + BLOCK < C ? from + BLOCK : C;
+  for_each_vector<F>(x.block(room, from, end), end - from, [&](V x_c, int64_t i, int n, int) LAMBDA {
     const V key = order<F>(x_c, o), hit = (nan ? key != key : key == best) ? splat(A(1)) : V{};
     if (y >= 0 || lane_max<A>(hit) == 0) return;
-    for (int i = n - 1; i >= 0; i--) y = hit[i] != 0 ? c + i : y;
+    for (int j = n - 1; j >= 0; j--) y = hit[j] != 0 ? from + i + j : y;
   });
   return y;
 }
 
 // One row of a call.
 template <class F> struct AlongRow {
-  const typename F::T* x;
-  typename F::T* dx;  // null: no gradient is wanted
+  Classes<typename F::T> x, dx;  // dx.p null: no gradient is wanted
   int64_t t_offset, dt_offset;
   int64_t y;
   typename F::V x_y;  // in lane 0
@@ -81,23 +102,25 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
   const A inf = A(__builtin_inff());
   const Options o = call.options;
   const bool wants_stats = call.stats;
-  const T* const x = row.x;
-  const int64_t y = row.y;
-  const double m = transform_ordered<F>(block_largest<F>(x, begin, end, o, nullptr), o), top = finite(m);
+  T room[BLOCK];
+  const T* const x = row.x.block(room, begin, end);
+  const T* const next = row.x.p + (begin + BLOCK) * row.x.stride;
+  const int64_t y = row.y - begin;
+  const double m = transform_ordered<F>(block_largest<F>(x, end - begin, o, nullptr), o), top = finite(m);
   const Shifted<A> shifted(top, headroom(call.scale));
   const Pair<V> of_top = {splat(A(top)), splat(A(top - double(A(top))))};
   V total[4] = {}, lost[4] = {};  // of so, q_others, q_drop, e_drop
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
-  for (int64_t run = begin; run < end; run += 2 * RUN * F::lanes) {
+  for (int64_t run = 0; run < end - begin; run += 2 * RUN * F::lanes) {
     LaneSums<F> sums;
-    const int64_t run_end = run + 2 * RUN * F::lanes < end ? run + 2 * RUN * F::lanes : end;
-    for_each_vector<F>(x, run, run_end, [&](V x_c, int64_t c, int n, int turn) LAMBDA {
-      __builtin_prefetch(x + c + BLOCK);  // the next block travels while this one is worked on
+    const auto take = [&](V x_c, int64_t i, int n, int turn) LAMBDA {
+      const int64_t c = run + i;
+      __builtin_prefetch(next + c * row.x.stride);  // the next block travels while this one is worked on
       const Pair<V> z_c = transform<F>(x_c, o);
       // Only now: a softcap would turn a padding of -inf into -s.
       V z = n < F::lanes ? keep_first<A>(z_c.high, n, -inf) : z_c.high, q_c = {};
-      if constexpr (F::DENSE) q_c = n == F::lanes ? load(q + c - begin) : load_first(q + c - begin, n);
+      if constexpr (F::DENSE) q_c = n == F::lanes ? load(q + c) : load_first(q + c, n);
       const bool holds_y = c <= y && y < c + n;
       if (holds_y) {
         q_c = lane_is<I>(y - c) ? V{} : q_c;
@@ -112,15 +135,17 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
       };
       row_lse<F>(sums, e_c, q_c, drop_c, turn, wants_stats);
       if constexpr (KEEP) {
-        if (n == F::lanes) store(kept + c, e_c);
-        else store_first(kept + c, e_c, n);
+        if (n == F::lanes) store(kept + begin + c, e_c);
+        else store_first(kept + begin + c, e_c, n);
       }
-    });
+    };
+    const int64_t left = end - begin - run, most = 2 * RUN * F::lanes;
+    for_each_vector<F>(x + run, left < most ? left : most, take);
     add(total[0], lost[0], sums.so[0] + sums.so[1]);
     if constexpr (F::DENSE) add(total[1], lost[1], sums.q_others), add(total[2], lost[2], sums.q_drop);
     if (wants_stats) add(total[3], lost[3], sums.e_drop);
   }
-  const bool holds_y = begin <= y && y < end;
+  const bool holds_y = 0 <= y && y < end - begin;
   const double shift = m == -infinity_of(m) ? m : shifted.shift, factor = exp_of(shift - top) * shifted.unit;
   return {{m, lane_sum(total[0], lost[0]) * factor, holds_y ? row.z_y : -infinity_of(0.0), holds_y ? row.q_y : 0,
            lane_sum(total[1], lost[1]), lane_sum(total[2], lost[2]), lane_sum(total[3], lost[3]) * factor, -1},
@@ -133,30 +158,35 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
                 const GradFactors<double, double>& factors, const Call& call, int64_t begin, int64_t end) {
   TYPES(F);
   const Options o = call.options;
-  const T* const x = row.x;
-  T* const dx = row.dx;
-  const Shifted<A> shifted(m, headroom(KEPT ? call.scale : factors.p_scale));
   const bool capped = F::CHANGED && o.softcap > 0;
+  T room[BLOCK], written[BLOCK];
+  // Kept exponentials stand for x, but under a softcap.
+  const bool unread = KEPT && !capped && row.x.stride != 1;
+  const T* const x = unread ? room : row.x.block(room, begin, end);
+  T* const dx = row.dx.stride == 1 ? row.dx.p + begin : written;
+  const Shifted<A> shifted(m, headroom(KEPT ? call.scale : factors.p_scale));
   const double k = capped ? 1 : o.logit_scale;  // without a softcap dz/dx is the same number everywhere
   const A p_scale = A(k * factors.p_scale * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit);
   const A scale = A(k * factors.scale);
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
-  for_each_vector<F>(x, begin, end, [&](V x_c, int64_t c, int n, int) LAMBDA {
+  for_each_vector<F>(x, end - begin, [&](V x_c, int64_t c, int n, int) LAMBDA {
     const bool whole = n == F::lanes;
     V e_c, q_c = {};
-    if constexpr (KEPT) e_c = whole ? load(kept + c) : load_first(kept + c, n);
+    if constexpr (KEPT) e_c = whole ? load(kept + begin + c) : load_first(kept + begin + c, n);
     else {
       const Pair<V> z_c = transform<F>(x_c, o);
       if constexpr (F::CHANGED) e_c = shifted.exp(z_c);
       else e_c = shifted.exp(z_c.high);
     }
-    if constexpr (F::DENSE) q_c = whole ? load(q + c - begin) : load_first(q + c - begin, n);
+    if constexpr (F::DENSE) q_c = whole ? load(q + c) : load_first(q + c, n);
     const V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, capped, [&]() LAMBDA { return transform_grad<F>(x_c, o); });
     if (whole) store(dx + c, dx_c);
     else store_first(dx + c, dx_c, n);
   });
-  if (begin <= row.y && row.y < end) store_first(dx + row.y, A(factors.dz_y) * transform_grad<F>(row.x_y, o), 1);
+  if (begin <= row.y && row.y < end)
+    store_first(dx + row.y - begin, A(factors.dz_y) * transform_grad<F>(row.x_y, o), 1);
+  if (row.dx.stride != 1) row.dx.scatter(written, begin, end);
 }
 
 // d loss / d t_c = (1 - e) w_c (lse - z_c), for probabilities that ask for a gradient.
@@ -168,24 +198,27 @@ void block_target_grad(const AlongRow<F>& row, const RowTerms<double, double>& t
   const A share = A(scale * (1 - call.options.label_smoothing)), lse_m = A(terms.lse_m), high = A(terms.sums.m);
   const Pair<V> m = {splat(high), splat(A(terms.sums.m - double(high)))};
   A dt[BLOCK];
-  for_each_vector<F>(row.x, begin, end, [&](V x_c, int64_t c, int n, int) LAMBDA {
+  T room[BLOCK];
+  for_each_vector<F>(row.x.block(room, begin, end), end - begin, [&](V x_c, int64_t c, int n, int) LAMBDA {
     const Pair<V> z_c = transform<F>(x_c, call.options);
     V result = target_grad(-minus<F>(z_c, m), lse_m, share);
-    if (w) result *= n == F::lanes ? load(w + c) : load_first(w + c, n);
-    store_first(dt + c - begin, result, n);
+    if (w) result *= n == F::lanes ? load(w + begin + c) : load_first(w + begin + c, n);
+    store_first(dt + c, result, n);
   });
   write_elements(call.d_target.data, call.d_target.dtype, row.dt_offset + begin * call.d_target.class_stride,
                  call.d_target.class_stride, dt, end - begin);
 }
 
-template <class A> void write_row(const Call& call, int64_t row, double loss, const Saved& saved) {
+template <class A> void write_row(const Call& call, int64_t row, double loss, const RowSums<double>& sums, double y) {
   static_cast<A*>(call.loss)[row] = A(loss);
-  if (call.saved) call.saved[row] = saved;
+  if (!call.saved.m) return;
+  call.saved.m[row] = sums.m, call.saved.so[row] = sums.so;
+  call.saved.q_others[row] = sums.q_others, call.saved.y[row] = y;
 }
 
 // Loss and gradient 0 whatever the logits hold: they are not even read.
 template <class A> void write_ignored(const Call& call, int64_t row) {
-  if (call.loss) write_row<A>(call, row, 0, Saved{0, 0, 0, -1});
+  if (call.loss) write_row<A>(call, row, 0, {}, -1);
   if (call.stats) call.stats[row] = Stats{0, 0, 0, -1};
 }
 
@@ -204,19 +237,22 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
   };
   for (int64_t i = begin; i < end; i++) {
     AlongRow<F> row;
-    row.x = static_cast<const T*>(call.input.data) + call.dims.offset(call.input, i);
-    row.dx = call.grad.data ? static_cast<T*>(call.grad.data) + call.dims.offset(call.grad, i) : nullptr;
+    row.x = {static_cast<T*>(call.input.data) + call.dims.offset(call.input, i), call.input.class_stride};
+    row.dx = {static_cast<T*>(call.grad.data), call.grad.class_stride};
+    if (row.dx.p) row.dx.p += call.dims.offset(call.grad, i);
     row.t_offset = call.probs ? call.dims.offset(call.target, i) : 0;
     row.dt_offset = call.d_target.data ? call.dims.offset(call.d_target, i) : 0;
     row.y = call.probs ? 0 : call.target_at(call.dims.offset(call.target, i));
     if (!call.probs && row.y == call.options.ignore_index) {
       if (first) write_ignored<A>(call, i);
-      if (first && row.dx) __builtin_memset(row.dx, 0, C * sizeof(T));
+      if (first && row.dx.p && row.dx.stride == 1) __builtin_memset(row.dx.p, 0, C * sizeof(T));
+      if (first && row.dx.p && row.dx.stride != 1)
+        for (int64_t c = 0; c < C; c++) row.dx.p[c * row.dx.stride] = T{};
       continue;
     }
     const int64_t top = call.loss && (call.probs || (call.stats && first)) ? largest<F>(row.x, C, call.options) : 0;
-    if (call.probs) row.y = call.loss ? top : int64_t(call.saved[i].y);
-    row.x_y = load_first(row.x + row.y, 1);  // before anyone writes dx, which may be x
+    if (call.probs) row.y = call.loss ? top : int64_t(call.saved.y[i]);
+    row.x_y = load_first(row.x.p + row.y * row.x.stride, 1);  // before anyone writes dx, which may be x
     row.z_y = transform<F>(row.x_y, call.options).sum();
     row.q_y = double(own_q<A>(call, row.y));
     if constexpr (F::DENSE) {
@@ -225,9 +261,9 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
       row.q_y += double(spread);
     }
     // Where dx has room for acc and x is not needed again, the exponentials wait in it for their factor.
-    const bool in_dx = sizeof(T) == sizeof(A) && !(F::CHANGED && call.options.softcap > 0);
-    const bool keep = call.loss && row.dx && (in_dx || C < MOST_ALONG);
-    A* const kept = in_dx ? reinterpret_cast<A*>(row.dx) : spare;
+    const bool in_dx = sizeof(T) == sizeof(A) && !(F::CHANGED && call.options.softcap > 0) && row.dx.stride == 1;
+    const bool keep = call.loss && row.dx.p && (in_dx || C < MOST_ALONG);
+    A* const kept = in_dx ? reinterpret_cast<A*>(row.dx.p) : spare;
     team.wait();
     if (call.loss)
       my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
@@ -243,20 +279,19 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
       sums = rescale(parts[0].sums, m);
       for (int64_t b = 1; b < count; b++) sums = combine(sums, rescale(parts[b].sums, m), false);
     } else {
-      const Saved& saved = call.saved[i];
-      sums.m = saved.m, sums.so = saved.so, sums.q_others = saved.q_others;
+      sums.m = call.saved.m[i], sums.so = call.saved.so[i];
+      if constexpr (F::DENSE) sums.q_others = call.saved.q_others[i];
       sums.z_y = row.z_y, sums.q_y = row.q_y;
     }
     const RowTerms<double, double> terms(sums);
-    if (call.loss && first)
-      write_row<A>(call, i, row_loss(terms, call), Saved{sums.m, sums.so, sums.q_others, double(row.y)});
+    if (call.loss && first) write_row<A>(call, i, row_loss(terms, call), sums, double(row.y));
     if (call.stats && first)
       call.stats[i] = row_stats(terms.lse, row_entropy(terms), call.options.lse_square_scale, top);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);
     const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0);
     my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
       if (call.d_target.data) block_target_grad<F>(row, terms, scale, call, from, to);
-      if (!row.dx) return;
+      if (!row.dx.p) return;
       if (keep) block_grad<F, true>(kept, parts[b].shift, row, sums.m, factors, call, from, to);
       else block_grad<F, false>(nullptr, 0, row, sums.m, factors, call, from, to);
     });

@@ -126,7 +126,7 @@ Call make_call(const py::tuple& given, const py::tuple& options, const py::objec
   call.grad = view(grad, dim - 1, class_dim, call.input.dtype, call);
   if (call.grad.data && call.grad.dtype != call.input.dtype) refuse("expected a gradient of the input's dtype");
   call.d_target = view(d_target, dim - 1, class_dim, call.target.dtype, call);
-  call.across = lanes_across_rows(call.C, call.input.class_stride, call.dims.rank);
+  call.across = lanes_across_rows(call);
   if (call.rows > 0) merge_dims(call);
   call.weight = address(given, 2);
   call.options = options_of(options);
@@ -146,12 +146,18 @@ template <class Work> void run(const Call& call, int threads, Work work) {
   if (refusal.bad) throw py::index_error("Target " + std::to_string(refusal.target) + " is out of bounds.");
 }
 
+// (SAVED_COLUMNS, rows) doubles, or none at 0.
+Saved saved_columns(uintptr_t address, int64_t rows) {
+  double* const p = reinterpret_cast<double*>(address);
+  return p ? Saved{p, p + rows, p + 2 * rows, p + 3 * rows} : Saved{};
+}
+
 // loss: (address, dtype code)
 void forward_py(const py::tuple& given, const py::tuple& options, double num_items, double scale, const py::tuple& loss,
                 const py::object& grad, uintptr_t saved, uintptr_t stats, int threads) {
   Call call = make_call(given, options, grad, py::none());
   call.scale = scale;
-  call.saved = reinterpret_cast<Saved*>(saved);
+  call.saved = saved_columns(saved, call.rows);
   call.stats = reinterpret_cast<Stats*>(stats);
   void* const out = address(loss, 0);
   const DType dtype = dtype_of(loss, 1, DType::float16);
@@ -169,7 +175,7 @@ void backward_py(const py::tuple& given, const py::tuple& options, double num_it
   call.scale = real(upstream, 1);
   call.g_lse = address(upstream, 2);
   if (!saved && call.rows > 0) refuse("expected the rows that a forward call saved, got none");
-  call.saved = reinterpret_cast<Saved*>(saved);
+  call.saved = saved_columns(saved, call.rows);
   const Reduction reduction = reduction_of(options);
   run(call, threads, [&] { return backward(call, reduction, num_items, threads); });
 }
@@ -213,7 +219,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
   m.attr("compiler") = "g++ " __VERSION__;
 #endif
-  m.attr("saved_size") = sizeof(Saved) / sizeof(double);
+  m.attr("saved_size") = SAVED_COLUMNS;
   m.attr("stats_size") = sizeof(Stats) / sizeof(double);
 #ifdef _OPENMP
   m.attr("openmp") = true;

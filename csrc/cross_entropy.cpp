@@ -36,6 +36,9 @@ constexpr int64_t KEPT_SCRATCH = 1 << 22;  // bytes for each thread, between the
 // Up to this many classes a row's vectors are so few that lanes across rows win.
 constexpr int64_t FEW_CLASSES = 256;
 
+// From this many rows side by side in memory on, lanes across them win, where their classes lie apart.
+constexpr int64_t FEW_ROWS = 16;
+
 // A forked child inherits the memory of libgomp's thread pool but not its threads: a parallel region would wait for
 // them for ever.
 bool forked = false;
@@ -244,8 +247,12 @@ void reduce(const A* rows, int64_t n, Reduction reduction, double divisor, void*
 
 }  // namespace
 
-bool lanes_across_rows(int64_t C, int64_t class_stride, int row_dims) {
-  return C <= FEW_CLASSES || class_stride != 1 || row_dims > 1;
+bool lanes_across_rows(const Call& call) {
+  if (call.C <= FEW_CLASSES) return true;
+  // Pixels lie side by side in the gradient, and mostly in the logits; rows do in transposed logits.
+  const int64_t N = call.dims.sizes[0], pixels = N > 0 ? call.rows / N : 1;
+  const int64_t side_by_side = pixels > 1 ? pixels : call.input.class_stride != 1 && call.input.strides[0] == 1 ? N : 1;
+  return side_by_side >= FEW_ROWS;
 }
 
 void Team::wait() const {

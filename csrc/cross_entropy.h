@@ -33,29 +33,42 @@ struct View {
   int64_t strides[MAX_DIMS];
 };
 
+// Where a row stands in (N, d1..dk). Found once for all tensors: it takes divisions.
+struct Place { int64_t at[MAX_DIMS]; };
+
 // Row r of the loss is the r-th of (N, d1..dk) in order.
 struct RowDims {
   int rank;
   int64_t sizes[MAX_DIMS];
 
-  FUSED_CE_INLINE int64_t offset(const View& view, int64_t row) const {
-    int64_t result = 0;
+  FUSED_CE_INLINE Place place(int64_t row) const {
+    Place place;
     for (int d = rank - 1; d > 0; d--) {
-      result += row % sizes[d] * view.strides[d];
+      place.at[d] = row % sizes[d];
       row /= sizes[d];
     }
-    return result + row * view.strides[0];
+    place.at[0] = row;
+    return place;
   }
+  FUSED_CE_INLINE int64_t offset(const View& view, const Place& place) const {
+    int64_t result = 0;
+    for (int d = 0; d < rank; d++) result += place.at[d] * view.strides[d];
+    return result;
+  }
+  FUSED_CE_INLINE int64_t offset(const View& view, int64_t row) const { return offset(view, place(row)); }
   // Whether n rows from here on are evenly spaced, by the last stride.
-  FUSED_CE_INLINE bool in_line(int64_t row, int64_t n) const {
-    return rank == 1 || row % sizes[rank - 1] + n <= sizes[rank - 1];
+  FUSED_CE_INLINE bool in_line(const Place& place, int64_t n) const {
+    return rank == 1 || place.at[rank - 1] + n <= sizes[rank - 1];
   }
 };
 
-// What stands between forward and backward for each row: some of its sums, by the letters of formula.py.
+// What stands between forward and backward for each row: some of its sums, by the letters of formula.py. A column each:
+// rows in lanes are read and written side by side.
+constexpr int SAVED_COLUMNS = 4;
 struct Saved {
-  double m, so, q_others;
-  double y;  // the target; under probability targets the largest logit; -1: ignored
+  double *m, *so;
+  double* q_others;  // where q is more than one class
+  double* y;         // the largest logit, under probability targets
 };
 
 // What a row can tell besides its loss.
@@ -74,7 +87,7 @@ struct Call {
   const void* g_lse;     // (rows) acc, of lse
   // outputs
   void* loss;     // (rows) acc; null: the saved rows are read instead of written
-  Saved* saved;   // (rows)
+  Saved saved;    // (rows)
   Stats* stats;   // (rows)
   View grad;      // (N, C, d1..dk), input's dtype
   View d_target;  // (N, C, d1..dk), target's dtype
@@ -108,8 +121,8 @@ using RowsFunction = void (*)(const Call& call, int64_t begin, int64_t end, void
 // A `RowSums<double>` as 8 numbers joined with that of the part after it; for the tests of formula.inl.h.
 using CombineFunction = void (*)(double* sums, const double* after, bool probs);
 
-// Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on its neighbours.
-bool lanes_across_rows(int64_t C, int64_t class_stride, int row_dims);
+// Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on what is asked.
+bool lanes_across_rows(const Call& call);
 
 struct Refusal {  // why a call was refused: an index outside [0, C)
   bool bad;

@@ -26,7 +26,7 @@ Composite = Callable[[Call], tuple[Tensor, Stats | None]]  # the loss, different
 
 def with_gradient(call: Call, backend: Backend, composite: Composite) -> tuple[Tensor, Stats | None]:
     """The loss, part of autograd's graph, and the statistics if asked for."""
-    outputs = CrossEntropy.apply(*call, backend, composite)  # type: ignore[no-untyped-call]
+    outputs = _torch.apply(CrossEntropy, *call, backend, composite)
     loss = outputs[0] if call.options.return_stats else outputs
     if not call.input.is_leaf:
         # Saved themselves, with a hook that knows the loss, the logits would never be collected.
@@ -93,7 +93,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
         read = _torch.saved(ctx)
-        target, weight, grad, saved = (_torch.with_memory(read(i)) for i in (_TARGET, _WEIGHT, _GRAD, _SAVED))
+        target, weight = _torch.with_memory(read(_TARGET)), _torch.with_memory(read(_WEIGHT))
+        grad, saved = _torch.with_memory(read(_GRAD)), _torch.with_memory(read(_SAVED))
         if ctx.overwrote:
             _check_unchanged(ctx, grad)
         # create_graph=True, or a transform of this backward: only differentiable operators will do.

@@ -244,8 +244,8 @@ def _with_memory(call: Call) -> Call:
     for number in (options.num_items, options.grad_scale):
         if isinstance(number, Tensor):
             _torch.with_memory(number)
-    real = Call(_torch.with_memory(input), _torch.with_memory(target), _torch.with_memory(weight), options)
-    return call if real.input is input and real.target is target and real.weight is weight else real
+    x, t, w = _torch.with_memory(input), _torch.with_memory(target), _torch.with_memory(weight)
+    return call if x is input and t is target and w is weight else Call(x, t, w, options)
 
 
 def _is_plain(tensor: Tensor) -> bool:

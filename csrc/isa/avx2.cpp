@@ -17,6 +17,8 @@ namespace avx2 {
 
 #include "../strided_rows.inl.h"
 
+#include "../targets.inl.h"
+
 #include "../across.inl.h"
 
 #include "../rows.inl.h"

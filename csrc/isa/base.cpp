@@ -15,6 +15,8 @@ namespace base {
 
 #include "../strided_rows.inl.h"
 
+#include "../targets.inl.h"
+
 #include "../across.inl.h"
 
 #include "../rows.inl.h"

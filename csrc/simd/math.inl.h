@@ -79,6 +79,14 @@ INLINE int headroom(double scale) {
   return power < 0 ? 0 : power > 96 ? 96 : power;         // so large that 2^31 classes can still be summed
 }
 
+// The same for a scale in each lane.
+template <class A, class V> INLINE V headroom_of(V scale) {
+  typedef Constants<A> K;
+  typedef typename Integers<V>::type I;
+  const I power = ((I)scale >> K::mantissa & (2 * K::bias + 1)) - (K::bias - 24);
+  return __builtin_convertvector(power < 0 ? I{} : power > 96 ? I{} + 96 : power, V);
+}
+
 // exp(z - m) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at
 // -50: the rounded-off part is given back (Knuth's two-sum).
 template <class A, class V> INLINE V exp_minus(V z, V m, V lowest, V t_0) {
@@ -189,6 +197,35 @@ INLINE Vec::f32 join(Vec::f32_half a, Vec::f32_half b) {
   __builtin_memcpy(reinterpret_cast<char*>(&result) + sizeof a, &b, sizeof b);
   return result;
 #endif
+}
+
+// The first n of a column of doubles, and back.
+INLINE Pair<Vec::f64> from_doubles(Vec::f64, const double* p, int n) { return {load_first(p, n), Vec::f64{}}; }
+INLINE Pair<Vec::f32> from_doubles(Vec::f32, const double* p, int n) {
+  constexpr int half = lanes_of<Vec::f64>;
+  Vec::f32_half high[2], low[2];
+  for (int i = 0; i < 2; i++) {
+    const int count = n < i * half ? 0 : n - i * half < half ? n - i * half : half;
+    const Vec::f64 exact = count == half ? load(p + i * half) : load_first(p + i * half, count);
+    high[i] = __builtin_convertvector(exact, Vec::f32_half);
+    const Vec::f64 rest = exact - __builtin_convertvector(high[i], Vec::f64);
+    low[i] = __builtin_convertvector(rest - rest == 0 ? rest : Vec::f64{}, Vec::f32_half);
+  }
+  return {join(high[0], high[1]), join(low[0], low[1])};
+}
+INLINE void to_doubles(double* p, const Pair<Vec::f64>& v, int n) { store_first(p, v.high, n); }
+INLINE void to_doubles(double* p, const Pair<Vec::f32>& v, int n) {
+  constexpr int half = lanes_of<Vec::f64>;
+  Vec::f32_half high[2], low[2];
+  __builtin_memcpy(high, &v.high, sizeof high);
+  __builtin_memcpy(low, &v.low, sizeof low);
+  for (int i = 0; i < 2; i++) {
+    const int count = n < i * half ? 0 : n - i * half < half ? n - i * half : half;
+    const Vec::f64 exact =
+        __builtin_convertvector(high[i], Vec::f64) + __builtin_convertvector(low[i], Vec::f64);
+    if (count == half) store(p + i * half, exact);
+    else store_first(p + i * half, exact, count);
+  }
 }
 
 // f of every lane in double, and what is lost on the way back.

@@ -7,6 +7,7 @@ template <> struct Vectors<VECTOR_BYTES> {
   typedef float f32 __attribute__((vector_size(VECTOR_BYTES)));
   typedef float f32_half __attribute__((vector_size(VECTOR_BYTES / 2)));
   typedef int32_t i32 __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t i32_half __attribute__((vector_size(VECTOR_BYTES / 2)));
   typedef uint32_t u32 __attribute__((vector_size(VECTOR_BYTES)));
   typedef uint16_t u16 __attribute__((vector_size(VECTOR_BYTES / 2)));
   typedef double f64 __attribute__((vector_size(VECTOR_BYTES)));

@@ -27,6 +27,7 @@ if _C is not None and (_forced := os.environ.get("FUSED_CE_ISA")):
 
 _LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}
+_ONE = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in _LOGITS}
 _MAX_DIMS = 8
 _CONTIGUOUS = torch.contiguous_format
 
@@ -58,8 +59,8 @@ def unsupported(call: Call) -> list[str]:
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
-    """(rows, 4): m, so, q_others and y, the target or under probabilities the largest logit; -1 for an ignored row."""
-    return math.prod(call.row_shape), _C.saved_size
+    """(4, rows): m, so, and what only some calls need: q_others, and the largest logit under probabilities."""
+    return _C.saved_size, math.prod(call.row_shape)
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
@@ -72,8 +73,9 @@ def _forward(call: Call, schedule: Schedule, into: Tensor | None) -> Forward:
     input, _, weight, options = call
     fused = schedule == "fused"
     saves = schedule == "recompute" or (fused and options.return_stats)
-    dtype, shape = options.dtype or input.dtype, call.row_shape if options.reduction == "none" else ()
-    loss = torch.empty(shape, dtype=dtype, device="cpu")
+    dtype = options.dtype or input.dtype
+    one = _ONE[dtype]  # a like of something costs half as much as a tensor of a shape
+    loss = torch.empty_like(one) if options.reduction != "none" else one.new_empty(call.row_shape)
     if fused and into is None:
         into = torch.empty_like(input, memory_format=_CONTIGUOUS)
     grad = into if fused else None
