@@ -154,8 +154,7 @@ template <class F, bool MANY> struct RowGroup {
     const Pair<V> of_row = of_rows(saved.m);
     sums.so = of_rows(saved.so).high;
     if constexpr (F::DENSE) sums.q_others = of_rows(saved.q_others).high;
-    if (call.probs)
-      for (int i = 0; i < part.n; i++) labels.y[i] = Index(saved.y[part.first + i]);
+    if (call.probs) labels.y = from_doubles(I{}, saved.y + part.first, part.n);
     for_each_chunk([&]() LAMBDA {
       m = of_row;  // which loading a chunk has raised to what it holds, rounded
       for (int64_t i = 0; i < count(); i++) {
@@ -170,7 +169,7 @@ template <class F, bool MANY> struct RowGroup {
   INLINE void add_own_q() {
     V own = splat(own_q<A>(call, 0));
     if (call.weight && !call.probs)
-      for (int i = 0; i < part.n; i++) own[i] = own_q<A>(call, labels.y[i]);
+      own = A(1 - o.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
     sums.q_y += own;
   }
 

@@ -33,4 +33,16 @@ inline void store_number(void* p, int64_t i, DType dtype, double value) {
   }
 }
 
+template <class A> void store_numbers(void* p, DType dtype, const A* values, int64_t n) {
+  const auto each = [&](auto* to, auto round) {
+    for (int64_t i = 0; i < n; i++) to[i] = round(values[i]);
+  };
+  switch (dtype) {
+    case DType::float64: return each(static_cast<double*>(p), [](A value) { return double(value); });
+    case DType::float32: return each(static_cast<float*>(p), [](A value) { return float(value); });
+    case DType::float16: return each(static_cast<uint16_t*>(p), [](A value) { return float16_bits(float(value)); });
+    default: return each(static_cast<uint16_t*>(p), [](A value) { return bfloat16_bits(float(value)); });
+  }
+}
+
 }  // namespace fused_ce

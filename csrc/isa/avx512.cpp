@@ -11,6 +11,8 @@ namespace avx512 {
 
 #include "../simd/math.inl.h"
 
+#include "../simd/columns.inl.h"
+
 #include "../formula.inl.h"
 
 #include "../along.inl.h"

@@ -1,8 +1,8 @@
 // exp, tanh and log1p of vectors, and sums that keep what is rounded off.
 // Included inside a namespace, once for each instruction set: nothing may be #included here.
 
-// 2^n (1 + reduced), for t that holds n and t_0 that holds 0 in its low bits. Multiplied by processors that can, which
-// is right down to the smallest subnormal; elsewhere n goes where the exponent stands.
+// 2^n (1 + reduced), for t that holds n and t_0 that holds 0 in its low bits. Multiplied by processors that can;
+// elsewhere n goes where the exponent stands.
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
 INLINE Vec::f32 multiply_power(Vec::f32 reduced, Vec::f32 t, Vec::f32 t_0) {
   return (Vec::f32)_mm512_scalef_ps((__m512)(1 + reduced), (__m512)(t - t_0));
@@ -61,7 +61,7 @@ template <class A, class V> INLINE V exp_above(V x, V rest, V lowest, V t_0) {
   V t;
   const V reduced = expm1_reduced<A>(x < lowest ? lowest : x, x < lowest ? V{} : rest, &t);
   const V result = multiply_power(reduced, t, t_0);
-  return lowest_is_0 ? result : x < lowest ? V{} : result;
+  return x < lowest ? V{} : result;
 }
 
 // exp of x <= 0.
@@ -197,35 +197,6 @@ INLINE Vec::f32 join(Vec::f32_half a, Vec::f32_half b) {
   __builtin_memcpy(reinterpret_cast<char*>(&result) + sizeof a, &b, sizeof b);
   return result;
 #endif
-}
-
-// The first n of a column of doubles, and back.
-INLINE Pair<Vec::f64> from_doubles(Vec::f64, const double* p, int n) { return {load_first(p, n), Vec::f64{}}; }
-INLINE Pair<Vec::f32> from_doubles(Vec::f32, const double* p, int n) {
-  constexpr int half = lanes_of<Vec::f64>;
-  Vec::f32_half high[2], low[2];
-  for (int i = 0; i < 2; i++) {
-    const int count = n < i * half ? 0 : n - i * half < half ? n - i * half : half;
-    const Vec::f64 exact = count == half ? load(p + i * half) : load_first(p + i * half, count);
-    high[i] = __builtin_convertvector(exact, Vec::f32_half);
-    const Vec::f64 rest = exact - __builtin_convertvector(high[i], Vec::f64);
-    low[i] = __builtin_convertvector(rest - rest == 0 ? rest : Vec::f64{}, Vec::f32_half);
-  }
-  return {join(high[0], high[1]), join(low[0], low[1])};
-}
-INLINE void to_doubles(double* p, const Pair<Vec::f64>& v, int n) { store_first(p, v.high, n); }
-INLINE void to_doubles(double* p, const Pair<Vec::f32>& v, int n) {
-  constexpr int half = lanes_of<Vec::f64>;
-  Vec::f32_half high[2], low[2];
-  __builtin_memcpy(high, &v.high, sizeof high);
-  __builtin_memcpy(low, &v.low, sizeof low);
-  for (int i = 0; i < 2; i++) {
-    const int count = n < i * half ? 0 : n - i * half < half ? n - i * half : half;
-    const Vec::f64 exact =
-        __builtin_convertvector(high[i], Vec::f64) + __builtin_convertvector(low[i], Vec::f64);
-    if (count == half) store(p + i * half, exact);
-    else store_first(p + i * half, exact, count);
-  }
 }
 
 // f of every lane in double, and what is lost on the way back.

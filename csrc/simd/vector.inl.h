@@ -34,24 +34,17 @@ template <> struct Simd<double> {
   typedef Vec::i64 I;
 };
 
-#if VECTOR_BYTES == 64 && defined(__AVX512F__)
-constexpr bool lowest_is_0 = true;  // see multiply_power
-#else
-constexpr bool lowest_is_0 = false;
-#endif
-
 template <class A> struct Constants;
 template <> struct Constants<float> {
   static constexpr int lanes = VECTOR_BYTES / 4, mantissa = 23, bias = 127;
   static constexpr float round = 0x1.8p23f, near = 256, infinity = __builtin_inff();
-  static constexpr float lowest =
-      lowest_is_0 ? -105 : -87.3f;  // sqrt(2) exp of it is 0; or exp about the smallest normal
+  static constexpr float lowest = -87.3f;  // its exp is about the smallest normal number
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;  // few bits in hi: n * ln2_hi is exact
 };
 template <> struct Constants<double> {
   static constexpr int lanes = VECTOR_BYTES / 8, mantissa = 52, bias = 1023;
   static constexpr double round = 0x1.8p52, near = 2048, infinity = __builtin_inf();
-  static constexpr double lowest = lowest_is_0 ? -746 : -708.3;
+  static constexpr double lowest = -708.3;
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
 };
 

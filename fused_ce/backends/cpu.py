@@ -186,6 +186,6 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _in_acc(tensor: Tensor | None, call: Call) -> Tensor | None:
-    if tensor is None:
-        return None
+    if tensor is None or (tensor.dtype is call.acc and tensor.is_contiguous() and not tensor.is_neg()):
+        return tensor
     return in_any_process(lambda: tensor.detach().to(call.acc).contiguous().resolve_neg())
