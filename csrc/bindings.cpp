@@ -4,6 +4,8 @@
 #include <string>
 
 #include "dispatch.h"
+#include "dlpack.h"
+#include "memory.h"
 
 namespace py = pybind11;
 using namespace fused_ce;
@@ -190,6 +192,37 @@ py::tuple combine_py(const py::tuple& sums, const py::tuple& after, bool probs) 
   return joined;
 }
 
+// Who takes the tensor renames the capsule, and calls the deleter himself.
+constexpr const char* UNTAKEN = "dltensor";
+
+// A capsule for torch's from_dlpack; None where the pool does not serve.
+py::object empty_py(const py::tuple& sizes, int64_t dtype) {
+  const int64_t dims = PyTuple_Check(sizes.ptr()) ? int64_t(sizes.size()) : -1;
+  if (dims < 0 || dims > MAX_DIMS) refuse("expected a tuple of at most " + std::to_string(MAX_DIMS) + " sizes");
+  if (dtype < 0 || dtype > int64_t(DType::uint8)) refuse("expected a dtype from 0 to 5, got " + std::to_string(dtype));
+  int64_t wanted[MAX_DIMS];
+  for (int64_t d = 0; d < dims; d++) {
+    wanted[d] = number(sizes, d);
+    if (wanted[d] < 0) refuse("expected sizes from 0 on, got " + std::to_string(wanted[d]));
+  }
+  dlpack::ManagedTensor* made;
+  {
+    py::gil_scoped_release release;  // unmapping what is in the way takes some time
+    made = dlpack::make(wanted, int(dims), DType(dtype));
+  }
+  if (!made) return py::none();
+  PyObject* const capsule = PyCapsule_New(made, UNTAKEN, [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, UNTAKEN)) return;
+    auto* const untaken = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(self, UNTAKEN));
+    untaken->deleter(untaken);
+  });
+  if (!capsule) {
+    made->deleter(made);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
 py::list isa_names() {
   py::list names;
   int count;
@@ -211,6 +244,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("forward", forward_py);
   m.def("backward", backward_py);
   m.def("combine", combine_py);
+  m.def("empty", empty_py);
+  m.def("keep_at_most", memory::keep_at_most);
+  m.def("empty_cache", memory::empty_cache, py::call_guard<py::gil_scoped_release>());
+  m.def("held", [] { return py::make_tuple(memory::held().used, memory::held().idle); });
   m.def("isa", [] { return isa().name; });
   m.def("isa_names", isa_names);
   m.def("set_isa", set_isa_py);

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <thread>
 #include <vector>
 #ifdef _OPENMP
@@ -18,6 +17,7 @@
 
 #include "dispatch.h"
 #include "rounding.h"
+#include "scratch.h"
 
 namespace fused_ce {
 
@@ -30,8 +30,7 @@ namespace {
 // machine).
 [[maybe_unused]] constexpr int64_t SERIAL_BYTES = 1 << 16;
 constexpr int64_t HUGE_PAGE = 1 << 21;
-constexpr int64_t WIDEST_VECTOR = 64;      // bytes
-constexpr int64_t KEPT_SCRATCH = 1 << 22;  // bytes for each thread, between the calls of one
+constexpr int64_t KEPT_SCRATCH = 1 << 22;  // bytes of a thread's, between calls
 
 // Up to this many classes a row's vectors are so few that lanes across rows win.
 constexpr int64_t FEW_CLASSES = 384;
@@ -65,30 +64,7 @@ int64_t scratch_bytes(const Call& call) {
   return (kept + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
 }
 
-// For all threads of a call, made before they start: no exception could leave a parallel region.
-class Scratch {
-  struct Memory {
-    char* data = nullptr;
-    int64_t bytes = 0;
-    ~Memory() { std::free(data); }
-    void make(int64_t wanted) {
-      std::free(data);
-      data = static_cast<char*>(std::aligned_alloc(WIDEST_VECTOR, wanted));
-      bytes = data ? wanted : 0;
-      if (!data) throw std::bad_alloc();
-    }
-  };
-  Memory own;
-
- public:
-  char* data;
-  Scratch(int threads, int64_t bytes) {
-    thread_local Memory kept;  // fresh memory would be faulted in, page by page, on every call
-    Memory& memory = bytes <= KEPT_SCRATCH ? kept : own;
-    if (memory.bytes < threads * bytes) memory.make(threads * bytes);
-    data = memory.data;
-  }
-};
+thread_local Scratch::Kept kept_for_rows, kept_losses;
 
 void run_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   if (begin < end) isa().rows[int(call.input.dtype)](call, begin, end, scratch, {0, 1, nullptr});
@@ -120,7 +96,7 @@ void run_all_rows(const Call& call, int wanted) {
   const bool may_team = !call.across && call.C * size_of(call.input.dtype) >= SERIAL_BYTES;
   const int64_t teams = may_team ? call.rows % threads : 0, bytes = scratch_bytes(call);
   const std::unique_ptr<Barrier[]> barriers(teams ? new Barrier[teams] : nullptr);
-  const Scratch scratch(threads, bytes);
+  const Scratch scratch(kept_for_rows, threads * bytes, threads * KEPT_SCRATCH);
   parallel(threads, [&](int64_t t, int64_t T) {
     if (T != threads) return run_rows(call, call.rows * t / T, call.rows * (t + 1) / T, scratch.data + t * bytes);
     const int64_t alone = call.rows - teams;
@@ -281,12 +257,12 @@ Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DT
   std::unique_ptr<float[]> normal;
   const Refusal refusal = prepare(call, reduction, num_items, threads, &divisor, normal);
   if (refusal.bad) return refusal;
-  const std::unique_ptr<double[]> losses(new double[call.rows]);  // large enough for either acc
-  call.loss = losses.get();
+  const Scratch losses(kept_losses, call.rows * int64_t(sizeof(double)), KEPT_SCRATCH);  // of either acc
+  call.loss = losses.data;
   run_all_rows(call, threads);
   if (call.input.dtype == DType::float64)
-    reduce(losses.get(), call.rows, reduction, divisor, loss, loss_dtype, threads);
-  else reduce(reinterpret_cast<float*>(losses.get()), call.rows, reduction, divisor, loss, loss_dtype, threads);
+    reduce(reinterpret_cast<double*>(losses.data), call.rows, reduction, divisor, loss, loss_dtype, threads);
+  else reduce(reinterpret_cast<float*>(losses.data), call.rows, reduction, divisor, loss, loss_dtype, threads);
   return refusal;
 }
 

@@ -28,6 +28,18 @@ def set_isa(name: str) -> None:
 def combine(sums: RowSums, after: RowSums, probs: bool, /) -> tuple[float, ...]:
     """`formula.combine` of numbers, as the instruction set in use compiles it."""
 
+def empty(sizes: tuple[int, ...], dtype: int, /) -> object | None:
+    """A contiguous tensor in memory of the pool, as a capsule for `from_dlpack`; None where the pool does not serve."""
+
+def keep_at_most(bytes: int, /) -> None:
+    """How many bytes the pool keeps idle; 0: there is no pool."""
+
+def empty_cache() -> None:
+    """Give what is idle back to the operating system."""
+
+def held() -> tuple[int, int]:
+    """Bytes of the pool: in use, idle."""
+
 def forward(
     given: Given,
     options: Options,

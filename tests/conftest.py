@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -109,3 +110,17 @@ def triton_rounds_like_hardware() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", with_rounding(InterpreterBuilder.cast_impl))
         yield
+
+
+@pytest.fixture
+def own_pool() -> Iterator[None]:
+    """A pool that is on and empty, and of which nothing is in use any more at the end."""
+    gc.collect()
+    _C.keep_at_most(1 << 32)
+    _C.empty_cache()
+    used = _C.held()[0]
+    yield
+    gc.collect()
+    _C.keep_at_most(1 << 32)
+    _C.empty_cache()
+    assert _C.held()[0] == used  # nothing outlives its tensor

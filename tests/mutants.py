@@ -60,6 +60,13 @@ PYTHON = [
     ("fused_ce/ops.py", "backend.saved_shape(call), dtype=torch.float64", "(*call.row_shape, 4), dtype=torch.float64", "tests/test_new_backend.py tests/test_ops.py"),
     ("fused_ce/backends/dispatch.py", "        if not backend.unsupported(call):\n                return backend", "        return backend", "tests/test_dispatch.py"),
     ("fused_ce/backends/dispatch.py", "            if backend is reference:\n                return None\n", "", "tests/test_dispatch.py"),
+    # The pool
+    ("fused_ce/backends/pool.py", "            make_resizable(result)", "            pass", "tests/test_pool_uses.py"),
+    ("fused_ce/backends/pool.py", "asked.isascii() and ", "", "tests/test_pool.py -k malformed"),
+    ("fused_ce/backends/pool.py", "(resource.RLIMIT_AS, resource.RLIMIT_DATA)", "(resource.RLIMIT_AS,)", "tests/test_pool.py -k limited"),
+    ("fused_ce/_torch.py", "known, address = weakref.ref(storage),", "known, address = (lambda: storage),", "tests/test_pool_uses.py -k cycle"),
+    ("fused_ce/_torch.py", " and storage.data_ptr() == address:", ":", "tests/test_pool_uses.py -k shared"),
+    ("fused_ce/backends/cpu.py", "dt = pool.empty_like(target) if", "dt = torch.empty_like(target) if", "tests/test_pool.py -k probabilities"),
     # The formula
     ("fused_ce/formula.py", "torch.where(held, z.gather(-1, at).squeeze(-1), -torch.inf)", "z.gather(-1, at).squeeze(-1)", "tests/test_row_sums.py -k formula"),
     ("fused_ce/formula.py", "q_drop=part.q_drop + part.q_others * rise", "q_drop=part.q_drop", "tests/test_row_sums.py -k formula"),
@@ -75,6 +82,13 @@ PYTHON = [
     ("fused_ce/backends/cpu.py", 'saves = schedule == "recompute" or (fused and options.return_stats)', 'saves = schedule == "recompute"', "tests/test_extras.py"),
 ]  # fmt: skip
 CPP = [
+    ("csrc/memory.cpp", "shrink_idle(p, most_used - used);", "", "tests/test_pool.py -k 'no_more or best'"),
+    ("csrc/memory.cpp", "  shrink_idle(p, p.most_idle);", "", "tests/test_pool.py -k bounded"),
+    ("csrc/memory.cpp", "madvise(data, block.bytes, MADV_FREE)", "false", "tests/test_pool.py -k may_take"),
+    ("csrc/memory.cpp", " && block->bytes <= 2 * bytes", "", "tests/test_pool.py -k best"),
+    ("csrc/memory.cpp", "  p.idle.erase(best);", "", "tests/test_pool.py -k 'threads or in_use'"),
+    ("csrc/memory.cpp", "    pthread_atfork(", "    false && pthread_atfork(", "tests/test_pool.py -k forks"),
+    ("csrc/bindings.cpp", "if (!PyCapsule_IsValid(self, UNTAKEN)) return;", "", "tests/test_pool.py -k capsule"),
     ("csrc/formula.inl.h", "part.q_drop += part.q_others * rise;", "", "tests/test_row_sums.py tests/test_backends.py -k 'cpp or cpu'"),
     ("csrc/formula.inl.h", "part.e_drop = (part.e_drop + part.so * rise) * shrink;", "part.e_drop *= shrink;", "tests/test_row_sums.py -k cpp"),
     ("csrc/formula.inl.h", "return m == -infinity_of(m) ? N{} : m;", "return m;", "tests/test_row_sums.py tests/test_backends.py -k 'cpp or cpu'"),

@@ -45,6 +45,6 @@ if [ -z "$archer" ]; then
     exit
 fi
 "$clang" -std=gnu++17 -O1 -g1 -w -fsanitize=thread -fopenmp -Icsrc tests/tsan_driver.cpp csrc/cross_entropy.cpp \
-    csrc/dispatch.cpp csrc/isa/base.cpp -o "$tree/tsan_driver"
+    csrc/dispatch.cpp csrc/memory.cpp csrc/isa/base.cpp -o "$tree/tsan_driver"
 OMP_TOOL_LIBRARIES=$archer TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 "$tree/tsan_driver" 2000 1
 echo "ThreadSanitizer ($("$clang" --version | head -1)): nothing reported"

@@ -19,7 +19,7 @@ PACKAGE = Path(fused_ce.__file__).parent
 LAUNCHED = ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "self_check", "targets")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
-    "__init__": {"backends.triton.launch", "functional", "missing", "module"},
+    "__init__": {"backends.pool", "backends.triton.launch", "functional", "missing", "module"},
     "missing": set(),
     "module": {"functional"},
     "functional": {"_torch", "autograd", "gate", "ops"},
@@ -34,7 +34,8 @@ ARROWS = {
     "backends.__init__": set(),
     "backends.dispatch": {"backends.cpu", "backends.reference", "backends.triton.launch"},
     "backends.reference": {"operators"},
-    "backends.cpu": {"_C", "_torch", "operators"},
+    "backends.cpu": {"_C", "_torch", "backends.pool", "operators"},
+    "backends.pool": {"_C", "_torch"},
     "backends.triton.__init__": set(),
     "backends.triton.launch": {"backends.reference", *(f"backends.triton.{name}" for name in LAUNCHED)},
     "backends.triton.self_check": {

@@ -14,6 +14,7 @@ from .. import operators
 from .._torch import in_any_process
 from ..contract import Call, Forward, Gradients, Schedule, Stats, Upstream
 from ..options import Options
+from . import pool
 
 _C: Any
 try:
@@ -25,11 +26,10 @@ except ImportError as error:
 if _C is not None and (_forced := os.environ.get("FUSED_CE_ISA")):
     _C.set_isa(_forced)  # a wrong name is an error, not a slower run
 
-_LOGITS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_DTYPES = {**_LOGITS, torch.int64: 4, torch.uint8: 5}
+_DTYPES = pool.DTYPES
+_LOGITS = [dtype for dtype in _DTYPES if dtype.is_floating_point]
 _ONE = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in _LOGITS}
 _MAX_DIMS = 8
-_CONTIGUOUS = torch.contiguous_format
 
 
 def unsupported(call: Call) -> list[str]:
@@ -77,7 +77,7 @@ def _forward(call: Call, schedule: Schedule, into: Tensor | None) -> Forward:
     one = _ONE[dtype]  # a like of something costs half as much as a tensor of a shape
     loss = torch.empty_like(one) if options.reduction != "none" else one.new_empty(call.row_shape)
     if fused and into is None:
-        into = torch.empty_like(input, memory_format=_CONTIGUOUS)
+        into = pool.empty_like(input)
     grad = into if fused else None
     saved = torch.empty(saved_shape(call), dtype=torch.float64, device="cpu") if saves else None
     table = None
@@ -111,8 +111,8 @@ def backward(
         again = _forward(call._replace(options=options), "fused", None if keep else grad).grad
         assert again is not None
         return Gradients(again)
-    dx = input if options.inplace else torch.empty_like(input, memory_format=_CONTIGUOUS)
-    dt = torch.empty_like(target, memory_format=_CONTIGUOUS) if wants_target else None
+    dx = input if options.inplace else pool.empty_like(input)
+    dt = pool.empty_like(target) if wants_target else None
     weight = _in_acc(weight, call)
     of_rows = None if one_for_all else _in_acc(upstream.loss, call)
     of_lse = _in_acc(upstream.lse, call)

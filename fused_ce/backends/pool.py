@@ -1,0 +1,73 @@
+"""Large gradients on a CPU: in memory that a gradient before them left (csrc/memory.cpp).
+
+The variable FUSED_CE_POOL says how many bytes may stay idle for the next one; 0 turns the pool off.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from .._torch import can_make_resizable, make_resizable
+
+_C: Any
+try:
+    from .. import _C
+except ImportError:  # cpu.py says what to do about it
+    _C = None
+
+# Bytes. Below, torch's allocator has memory at hand, which is in the caches besides.
+SMALLEST = 4 << 20
+# Their numbers in cross_entropy.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.uint8: 5}
+
+
+def _most_idle() -> int:
+    """Bytes, by FUSED_CE_POOL or by what the machine has."""
+    asked = os.environ.get("FUSED_CE_POOL", "").strip()
+    if asked:
+        if not (asked.isascii() and asked.isdigit() and int(asked) < 1 << 63):
+            raise ValueError(
+                "FUSED_CE_POOL: expected how many bytes of large gradients may stay idle for the next, 0 for none, "
+                f"got {asked!r}; unset it for a quarter of the machine's memory"
+            )
+        return int(asked)
+    if sys.platform != "linux":
+        return 0
+    import resource  # which is not everywhere
+
+    # What is idle counts against these limits, and no other allocator would know how to get it back.
+    limits = (resource.getrlimit(of)[0] for of in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits) or not can_make_resizable():
+        return 0
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+if _C is not None:
+    _C.keep_at_most(_most_idle())
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """A contiguous tensor of the same shape and dtype on the CPU, of any content."""
+    if tensor.numel() * tensor.itemsize >= SMALLEST:
+        lent = _C.empty(tensor.shape, DTYPES[tensor.dtype])
+        if lent is not None:
+            result = from_dlpack(lent)
+            make_resizable(result)
+            return result
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def empty_cache() -> None:
+    """Give the memory that large gradients on the CPU left idle back to the operating system.
+
+    Memory of tensors that are alive is not touched. Idle memory is not lost to other programs: the system takes it
+    when it runs short, and at most FUSED_CE_POOL bytes (a quarter of the machine's memory) are kept.
+    """
+    if _C is not None:
+        _C.empty_cache()
