@@ -26,6 +26,7 @@ template <class F> struct Scales {
 template <class F, bool MANY> struct RowGroup {
   TYPES(F);
   typedef decltype(I{}[0] + 0) Index;
+  static constexpr bool TWO_PARTS = F::CHANGED && sizeof(A) == 4;  // of m
   const Call& call;
   const Options o;
   const int64_t room;  // classes that there is room for
@@ -36,10 +37,11 @@ template <class F, bool MANY> struct RowGroup {
   const Scales<F> scales;
   Part part;  // the chunk
   Pair<V> m = {splat(-A(__builtin_inff())), V{}};
-  RowSums<V> sums = {};  // their m and z_y are counted from m
-  V lost[4] = {};        // of so, q_others, q_drop, e_drop
-  Pair<V> best = {};     // the largest z so far
-  I largest = {};        // and its class
+  // Their m and z_y are counted from m. One by one, because g++ clears a whole struct by a slow string instruction.
+  RowSums<V> sums;
+  V lost[4];          // of so, q_others, q_drop, e_drop
+  Pair<V> best = {};  // the largest z so far
+  I largest = {};     // and its class
   Labels<F> labels;
 
   INLINE RowGroup(const Call& call, int64_t first, int n, void* scratch, const Scales<F>& scales)
@@ -50,8 +52,11 @@ template <class F, bool MANY> struct RowGroup {
         dz_dx(z + room),
         q(dz_dx + room),
         low(q + room),
-        scales(scales),
-        part{first, call.dims.place(first), n} {
+        scales(scales) {
+    sums.m = sums.so = sums.z_y = sums.q_y = sums.q_others = sums.q_drop = sums.e_drop = V{};
+    for (V& of_sum : lost) of_sum = V{};
+    part.first = first, part.n = n;
+    call.dims.find(first, part.place);
     if (!call.probs) labels = load_labels<F>(call, part);
     load(MANY ? (call.C - 1) / MOST_KEPT * MOST_KEPT : 0);
   }
@@ -97,7 +102,7 @@ template <class F, bool MANY> struct RowGroup {
   }
 
   // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
-  void find_largest() {
+  INLINE void find_largest() {
     I at = {};
     Pair<V> most = z_of(0);
     for (int64_t i = 1; i < count(); i++) {
@@ -149,12 +154,12 @@ template <class F, bool MANY> struct RowGroup {
   }
 
   INLINE void read_saved() {
-    const Saved& saved = call.saved;
-    const auto of_rows = [&](const double* column) LAMBDA { return from_doubles(V{}, column + part.first, part.n); };
-    const Pair<V> of_row = of_rows(saved.m);
-    sums.so = of_rows(saved.so).high;
-    if constexpr (F::DENSE) sums.q_others = of_rows(saved.q_others).high;
-    if (call.probs) labels.y = from_doubles(I{}, saved.y + part.first, part.n);
+    const auto column = [&](SavedColumn which)
+                            LAMBDA { return load_first(call.column<A>(which) + part.first, part.n); };
+    const Pair<V> of_row = {column(SAVED_M), TWO_PARTS ? column(SAVED_M_LOW) : V{}};
+    sums.so = column(SAVED_SO);
+    if constexpr (F::DENSE) sums.q_others = column(SAVED_Q_OTHERS);
+    if (call.probs) labels.y = (I)column(SAVED_Y);
     for_each_chunk([&]() LAMBDA {
       m = of_row;  // which loading a chunk has raised to what it holds, rounded
       for (int64_t i = 0; i < count(); i++) {
@@ -176,13 +181,12 @@ template <class F, bool MANY> struct RowGroup {
   INLINE void write_rows(const RowTerms<V, A>& row) {
     const V loss = labels.counted ? row_loss(row, call) : V{};
     store_first(static_cast<A*>(call.loss) + part.first, loss, part.n);
-    const Saved& saved = call.saved;
-    if (!saved.m) return;
-    to_doubles(saved.m + part.first, m, part.n);
-    to_doubles(saved.so + part.first, {sums.so, V{}}, part.n);
-    if constexpr (F::DENSE) to_doubles(saved.q_others + part.first, {sums.q_others, V{}}, part.n);
-    if (call.probs)
-      for (int i = 0; i < part.n; i++) saved.y[part.first + i] = double(labels.y[i]);
+    if (!call.saved) return;
+    const auto set = [&](SavedColumn which, V v) LAMBDA { store_first(call.column<A>(which) + part.first, v, part.n); };
+    set(SAVED_M, m.high), set(SAVED_SO, sums.so);
+    if (TWO_PARTS) set(SAVED_M_LOW, m.low);
+    if constexpr (F::DENSE) set(SAVED_Q_OTHERS, sums.q_others);
+    if (call.probs) set(SAVED_Y, (V)labels.y);
   }
 
   template <bool KEPT> INLINE void write_grad(const GradFactors<V, A>& factors) {
@@ -201,7 +205,7 @@ template <class F, bool MANY> struct RowGroup {
     });
   }
 
-  void write_target_grad(const RowTerms<V, A>& row, V scale) {
+  INLINE void write_target_grad(const RowTerms<V, A>& row, V scale) {
     const A* w = static_cast<const A*>(call.weight);
     const V share = scale * A(1 - o.label_smoothing);
     const Pair<V> m = this->m;
@@ -211,7 +215,7 @@ template <class F, bool MANY> struct RowGroup {
     });
   }
 
-  void write_stats(const RowTerms<V, A>& row, I argmax) {
+  INLINE void write_stats(const RowTerms<V, A>& row, I argmax) {
     const V entropy = row_entropy(row);
     for (int i = 0; i < part.n; i++)
       call.stats[part.first + i] = labels.counted[i]

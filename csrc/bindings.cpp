@@ -148,18 +148,12 @@ template <class Work> void run(const Call& call, int threads, Work work) {
   if (refusal.bad) throw py::index_error("Target " + std::to_string(refusal.target) + " is out of bounds.");
 }
 
-// (SAVED_COLUMNS, rows) doubles, or none at 0.
-Saved saved_columns(uintptr_t address, int64_t rows) {
-  double* const p = reinterpret_cast<double*>(address);
-  return p ? Saved{p, p + rows, p + 2 * rows, p + 3 * rows} : Saved{};
-}
-
 // loss: (address, dtype code)
 void forward_py(const py::tuple& given, const py::tuple& options, double num_items, double scale, const py::tuple& loss,
                 const py::object& grad, uintptr_t saved, uintptr_t stats, int threads) {
   Call call = make_call(given, options, grad, py::none());
   call.scale = scale;
-  call.saved = saved_columns(saved, call.rows);
+  call.saved = reinterpret_cast<void*>(saved);
   call.stats = reinterpret_cast<Stats*>(stats);
   void* const out = address(loss, 0);
   const DType dtype = dtype_of(loss, 1, DType::float16);
@@ -177,7 +171,7 @@ void backward_py(const py::tuple& given, const py::tuple& options, double num_it
   call.scale = real(upstream, 1);
   call.g_lse = address(upstream, 2);
   if (!saved && call.rows > 0) refuse("expected the rows that a forward call saved, got none");
-  call.saved = saved_columns(saved, call.rows);
+  call.saved = reinterpret_cast<void*>(saved);
   const Reduction reduction = reduction_of(options);
   run(call, threads, [&] { return backward(call, reduction, num_items, threads); });
 }
@@ -256,7 +250,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
   m.attr("compiler") = "g++ " __VERSION__;
 #endif
-  m.attr("saved_size") = SAVED_COLUMNS;
+  m.attr("saved_size") = SAVED_DOUBLES;
   m.attr("stats_size") = sizeof(Stats) / sizeof(double);
 #ifdef _OPENMP
   m.attr("openmp") = true;

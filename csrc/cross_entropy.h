@@ -41,35 +41,39 @@ struct RowDims {
   int rank;
   int64_t sizes[MAX_DIMS];
 
-  FUSED_CE_INLINE Place place(int64_t row) const {
-    Place place;
+  FUSED_CE_INLINE void find(int64_t row, Place& place) const {
     for (int d = rank - 1; d > 0; d--) {
       place.at[d] = row % sizes[d];
       row /= sizes[d];
     }
     place.at[0] = row;
-    return place;
   }
   FUSED_CE_INLINE int64_t offset(const View& view, const Place& place) const {
     int64_t result = 0;
     for (int d = 0; d < rank; d++) result += place.at[d] * view.strides[d];
     return result;
   }
-  FUSED_CE_INLINE int64_t offset(const View& view, int64_t row) const { return offset(view, place(row)); }
+  FUSED_CE_INLINE int64_t offset(const View& view, int64_t row) const {
+    Place place;
+    find(row, place);
+    return offset(view, place);
+  }
   // Whether n rows from here on are evenly spaced, by the last stride.
   FUSED_CE_INLINE bool in_line(const Place& place, int64_t n) const {
     return rank == 1 || place.at[rank - 1] + n <= sizes[rank - 1];
   }
 };
 
-// What stands between forward and backward for each row: some of its sums, by the letters of formula.py. A column each:
-// rows in lanes are read and written side by side.
-constexpr int SAVED_COLUMNS = 4;
-struct Saved {
-  double *m, *so;
-  double* q_others;  // where q is more than one class
-  double* y;         // the largest logit, under probability targets
+// What stands between forward and backward for each row: some of its sums, by the letters of formula.py. A column each,
+// so that rows in lanes are read and written side by side: of acc there, of double where lanes are classes.
+enum SavedColumn {
+  SAVED_M,
+  SAVED_SO,
+  SAVED_Q_OTHERS,  // where q is more than one class
+  SAVED_Y,         // under probability targets: the largest logit
+  SAVED_M_LOW,     // of rows in lanes, in float: what m is rounded by
 };
+constexpr int SAVED_DOUBLES = 4;  // a row; room for five floats too
 
 // What a row can tell besides its loss.
 struct Stats {
@@ -87,7 +91,7 @@ struct Call {
   const void* g_lse;     // (rows) acc, of lse
   // outputs
   void* loss;     // (rows) acc; null: the saved rows are read instead of written
-  Saved saved;    // (rows)
+  void* saved;    // (SAVED_DOUBLES, rows) double
   Stats* stats;   // (rows)
   View grad;      // (N, C, d1..dk), input's dtype
   View d_target;  // (N, C, d1..dk), target's dtype
@@ -101,6 +105,9 @@ struct Call {
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
   double ratio;  // D / count under a mean, because the z-loss is divided by the count instead
 
+  template <class N> FUSED_CE_INLINE N* column(SavedColumn which) const {
+    return static_cast<N*>(saved) + which * rows;
+  }
   FUSED_CE_INLINE int64_t target_at(int64_t offset) const {
     return target.dtype == DType::uint8 ? static_cast<const uint8_t*>(target.data)[offset]
                                         : static_cast<const int64_t*>(target.data)[offset];

@@ -6,7 +6,7 @@ struct Part {
   int64_t first;  // the row of lane 0
   Place place;    // where it stands
   int n;          // rows in use
-  int64_t begin = 0, end = 0;
+  int64_t begin, end;
 };
 
 // A tensor's elements for them, class by class: a row to each lane.

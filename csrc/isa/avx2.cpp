@@ -11,8 +11,6 @@ namespace avx2 {
 
 #include "../simd/math.inl.h"
 
-#include "../simd/columns.inl.h"
-
 #include "../formula.inl.h"
 
 #include "../along.inl.h"

@@ -9,8 +9,6 @@ namespace base {
 
 #include "../simd/math.inl.h"
 
-#include "../simd/columns.inl.h"
-
 #include "../formula.inl.h"
 
 #include "../along.inl.h"

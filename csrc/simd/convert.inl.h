@@ -109,6 +109,22 @@ INLINE void store_first(bfloat16* p, Vec::f32 v, int64_t n) { store_first_half(p
 INLINE void store_first(float16* p, Vec::f32 v, int64_t n) { store_first_half(p, v, n); }
 #endif
 
+// ---- p[y] of each lane
+
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+INLINE Vec::f32 gather(const float* p, Vec::i32 y) { return (Vec::f32)_mm512_i32gather_ps((__m512i)y, p, 4); }
+INLINE Vec::f64 gather(const double* p, Vec::i64 y) { return (Vec::f64)_mm512_i64gather_pd((__m512i)y, p, 8); }
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+INLINE Vec::f32 gather(const float* p, Vec::i32 y) { return (Vec::f32)_mm256_i32gather_ps(p, (__m256i)y, 4); }
+INLINE Vec::f64 gather(const double* p, Vec::i64 y) { return (Vec::f64)_mm256_i64gather_pd(p, (__m256i)y, 8); }
+#else
+template <class A, class I> INLINE auto gather(const A* p, I y) {
+  typename Simd<A>::V result;
+  for (int i = 0; i < lanes_of<I>; i++) result[i] = p[y[i]];
+  return result;
+}
+#endif
+
 // ---- n elements of a dtype known at run time, `stride` apart, from and to acc
 
 template <class A, class T>
