@@ -16,6 +16,7 @@
 #endif
 
 #include "dispatch.h"
+#include "memory.h"
 #include "rounding.h"
 #include "scratch.h"
 
@@ -37,6 +38,10 @@ constexpr int64_t FEW_CLASSES = 384;
 
 // From this many rows side by side in memory on, lanes across them win, where their classes lie apart.
 constexpr int64_t FEW_ROWS = 16;
+
+// A gradient of this size leaves the caches anyway, and a store past them need not read what it overwrites. Not in new
+// memory, whose pages the system has just cleared in the caches.
+constexpr int64_t STREAMED_BYTES = 1 << 25;
 
 // A forked child inherits the memory of libgomp's thread pool but not its threads: a parallel region would wait for
 // them for ever.
@@ -90,9 +95,10 @@ template <class Function> void parallel(int threads, Function f) {
 }
 
 // As many rows as can be shared evenly go to one thread each; what is left, to teams.
-void run_all_rows(const Call& call, int wanted) {
+void run_all_rows(Call call, int wanted) {
   const int threads = threads_for(bytes_of(call), wanted);
   if (call.grad.data) advise_huge_pages(call.grad.data, bytes_of(call));
+  call.streams = bytes_of(call) >= STREAMED_BYTES && memory::is_lent(call.grad.data);
   const bool may_team = !call.across && call.C * size_of(call.input.dtype) >= SERIAL_BYTES;
   const int64_t teams = may_team ? call.rows % threads : 0, bytes = scratch_bytes(call);
   const std::unique_ptr<Barrier[]> barriers(teams ? new Barrier[teams] : nullptr);

@@ -98,8 +98,9 @@ struct Call {
   // sizes
   RowDims dims;
   int64_t rows, C;
-  bool probs;   // target holds probabilities
-  bool across;  // the lanes of a vector are rows, not classes
+  bool probs;    // target holds probabilities
+  bool across;   // the lanes of a vector are rows, not classes
+  bool streams;  // grad is written past the caches
   // options
   Options options;
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean

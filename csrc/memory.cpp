@@ -135,6 +135,14 @@ Held held() {
   return p.bytes;
 }
 
+bool is_lent(const void* data) {
+  Pool& p = pool();
+  const std::lock_guard<std::mutex> lock(p.mutex);
+  for (const Block& block : p.used)
+    if (block.data == data) return true;
+  return false;
+}
+
 #else  // systems on which nobody has tried lazily freed pages: every caller has its own allocator
 
 void keep_at_most(int64_t) {}
@@ -142,6 +150,7 @@ void* take(int64_t) { return nullptr; }
 void give_back(void*) noexcept {}
 void empty_cache() {}
 Held held() { return {0, 0}; }
+bool is_lent(const void*) { return false; }
 
 #endif
 }  // namespace fused_ce::memory

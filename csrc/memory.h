@@ -21,4 +21,7 @@ void empty_cache();
 struct Held { int64_t used, idle; };
 Held held();
 
+// Whether take() gave this memory.
+bool is_lent(const void* data);
+
 }  // namespace fused_ce::memory

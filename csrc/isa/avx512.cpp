@@ -13,6 +13,8 @@ namespace avx512 {
 
 #include "../formula.inl.h"
 
+#include "../blocks.inl.h"
+
 #include "../along.inl.h"
 
 #include "../strided_rows.inl.h"

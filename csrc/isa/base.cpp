@@ -11,6 +11,8 @@ namespace base {
 
 #include "../formula.inl.h"
 
+#include "../blocks.inl.h"
+
 #include "../along.inl.h"
 
 #include "../strided_rows.inl.h"

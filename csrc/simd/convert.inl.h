@@ -109,6 +109,37 @@ INLINE void store_first(bfloat16* p, Vec::f32 v, int64_t n) { store_first_half(p
 INLINE void store_first(float16* p, Vec::f32 v, int64_t n) { store_first_half(p, v, n); }
 #endif
 
+// ---- past the caches: a store that does not read what it overwrites first
+
+// How many of n elements come before the first that a whole vector may be streamed to.
+template <class T> INLINE int64_t to_stream(const T* p, int64_t n) {
+  constexpr int64_t lanes = Constants<typename Simd<T>::A>::lanes;
+  const int64_t before = -int64_t(reinterpret_cast<uintptr_t>(p) / sizeof(T)) & (lanes - 1);
+  return before < n ? before : n;
+}
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+INLINE void stream_end() { _mm_sfence(); }
+INLINE void stream(float* p, Vec::f32 v) { _mm512_stream_ps(p, (__m512)v); }
+INLINE void stream(double* p, Vec::f64 v) { _mm512_stream_pd(p, (__m512d)v); }
+template <class Half> INLINE void stream(Half* p, Vec::f32 v) {
+  Half narrowed[Constants<float>::lanes];
+  store(narrowed, v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), read<__m256i>(narrowed));
+}
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+INLINE void stream_end() { _mm_sfence(); }
+INLINE void stream(float* p, Vec::f32 v) { _mm256_stream_ps(p, (__m256)v); }
+INLINE void stream(double* p, Vec::f64 v) { _mm256_stream_pd(p, (__m256d)v); }
+template <class Half> INLINE void stream(Half* p, Vec::f32 v) {
+  Half narrowed[Constants<float>::lanes];
+  store(narrowed, v);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), read<__m128i>(narrowed));
+}
+#else
+INLINE void stream_end() {}
+template <class T, class V> INLINE void stream(T* p, V v) { store(p, v); }
+#endif
+
 // ---- p[y] of each lane
 
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
