@@ -118,7 +118,7 @@ def is_transformed(upstream: Tensor | None) -> bool:
 
 def apply(function: Any, *args: Any) -> Any:
     """`function.apply`, less what that does for torch.func, whose calls do not come here: 2 us of a small call."""
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def save_alias(node: Any, i: int, logits: Tensor) -> None:
