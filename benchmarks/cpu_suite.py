@@ -42,19 +42,19 @@ class Goal(NamedTuple):
 
 
 GOALS = {
-    "64x10 float32": [Goal(1)],
-    "4096x10 float32": [Goal(15, 4)],
-    "50000x10 float32": [Goal(30, 6)],
+    "64x10 float32": [Goal(1.05)],
+    "4096x10 float32": [Goal(10, 4)],
+    "50000x10 float32": [Goal(20, 4.5)],
     "2048x1000 float32": [Goal(6, 4)],
-    "512x32000 float32": [Goal(7, 3, 3)],
-    "256x50257 float32": [Goal(7, 3, 3)],
+    "512x32000 float32": [Goal(13, 6, 1.4)],
+    "256x50257 float32": [Goal(12, 5.5, 1.5)],
     "256x128256 float32": [
-        Goal(8, 4, 2.5),
-        Goal(copies=1.4, peer="fused_ce inplace"),
-        Goal(copies=1, mode="fwd"),
+        Goal(13, 6, 1.4),
+        Goal(copies=1.15, peer="fused_ce inplace"),
+        Goal(copies=0.6, mode="fwd"),
     ],
-    "2048x1000 bfloat16": [Goal(6, 4)],
-    "256x128256 bfloat16": [Goal(6, 4, 4)],
+    "2048x1000 bfloat16": [Goal(5, 4)],
+    "256x128256 bfloat16": [Goal(10, 5.5, 2)],
 }
 
 

@@ -27,8 +27,7 @@ struct Barrier { std::atomic<int> arrived{0}, round{0}; };
 
 namespace {
 
-// Below this many bytes of logits a second thread is taken to cost more than it saves (not measured on an idle
-// machine).
+// Below this many bytes of logits a second thread costs more than it saves (docs/decisions.md).
 [[maybe_unused]] constexpr int64_t SERIAL_BYTES = 1 << 16;
 constexpr int64_t HUGE_PAGE = 1 << 21;
 constexpr int64_t KEPT_SCRATCH = 1 << 22;  // bytes of a thread's, between calls
@@ -98,7 +97,8 @@ template <class Function> void parallel(int threads, Function f) {
 void run_all_rows(Call call, int wanted) {
   const int threads = threads_for(bytes_of(call), wanted);
   if (call.grad.data) advise_huge_pages(call.grad.data, bytes_of(call));
-  call.streams = bytes_of(call) >= STREAMED_BYTES && memory::is_lent(call.grad.data);
+  // Longer rows keep their exponentials in the gradient itself.
+  call.streams = bytes_of(call) >= STREAMED_BYTES && call.C < MOST_ALONG && memory::is_lent(call.grad.data);
   const bool may_team = !call.across && call.C * size_of(call.input.dtype) >= SERIAL_BYTES;
   const int64_t teams = may_team ? call.rows % threads : 0, bytes = scratch_bytes(call);
   const std::unique_ptr<Barrier[]> barriers(teams ? new Barrier[teams] : nullptr);
