@@ -154,12 +154,11 @@ template <class F, bool MANY> struct RowGroup {
   }
 
   INLINE void read_saved() {
-    const auto column = [&](SavedColumn which)
-                            LAMBDA { return load_first(call.column<A>(which) + part.first, part.n); };
-    const Pair<V> of_row = {column(SAVED_M), TWO_PARTS ? column(SAVED_M_LOW) : V{}};
-    sums.so = column(SAVED_SO);
-    if constexpr (F::DENSE) sums.q_others = column(SAVED_Q_OTHERS);
-    if (call.probs) labels.y = (I)column(SAVED_Y);
+    const auto read = [&](SavedColumn which) LAMBDA { return load_first(column(which), part.n); };
+    const Pair<V> of_row = {read(SAVED_M), TWO_PARTS ? load_first(column(SAVED_M) + call.rows, part.n) : V{}};
+    sums.so = read(SAVED_SO);
+    if constexpr (F::DENSE) sums.q_others = read(SAVED_Q_OTHERS);
+    if (call.probs) labels.y = (I)read(SAVED_Y);
     for_each_chunk([&]() LAMBDA {
       m = of_row;  // which loading a chunk has raised to what it holds, rounded
       for (int64_t i = 0; i < count(); i++) {
@@ -182,12 +181,17 @@ template <class F, bool MANY> struct RowGroup {
     const V loss = labels.counted ? row_loss(row, call) : V{};
     store_first(static_cast<A*>(call.loss) + part.first, loss, part.n);
     if (!call.saved) return;
-    const auto set = [&](SavedColumn which, V v) LAMBDA { store_first(call.column<A>(which) + part.first, v, part.n); };
-    set(SAVED_M, m.high), set(SAVED_SO, sums.so);
-    if (TWO_PARTS) set(SAVED_M_LOW, m.low);
-    if constexpr (F::DENSE) set(SAVED_Q_OTHERS, sums.q_others);
-    if (call.probs) set(SAVED_Y, (V)labels.y);
+    const auto write = [&](SavedColumn which, V high, V low) LAMBDA {
+      store_first(column(which), high, part.n);
+      if (sizeof(A) == 4) store_first(column(which) + call.rows, low, part.n);
+    };
+    write(SAVED_M, m.high, m.low), write(SAVED_SO, sums.so, V{});
+    write(SAVED_Q_OTHERS, sums.q_others, V{});
+    if (call.probs) write(SAVED_Y, (V)labels.y, V{});
   }
+
+  // This group's part of a saved column, or of its first half.
+  INLINE A* column(SavedColumn which) const { return reinterpret_cast<A*>(call.column(which)) + part.first; }
 
   template <bool KEPT> INLINE void write_grad(const GradFactors<V, A>& factors) {
     const bool capped = F::CHANGED && o.softcap > 0;

@@ -145,10 +145,10 @@ void block_target_grad(const AlongRow<F>& row, const RowTerms<double, double>& t
 template <class A> void write_row(const Call& call, int64_t row, double loss, const RowSums<double>& sums, double y) {
   static_cast<A*>(call.loss)[row] = A(loss);
   if (!call.saved) return;
-  call.column<double>(SAVED_M)[row] = sums.m;
-  call.column<double>(SAVED_SO)[row] = sums.so;
-  call.column<double>(SAVED_Q_OTHERS)[row] = sums.q_others;
-  call.column<double>(SAVED_Y)[row] = y;
+  call.column(SAVED_M)[row] = sums.m;
+  call.column(SAVED_SO)[row] = sums.so;
+  call.column(SAVED_Q_OTHERS)[row] = sums.q_others;
+  if (call.probs) call.column(SAVED_Y)[row] = y;
 }
 
 // Loss and gradient 0 whatever the logits hold: they are not even read.
@@ -186,7 +186,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
       continue;
     }
     const int64_t top = call.loss && (call.probs || (call.stats && first)) ? largest<F>(row.x, C, call.options) : 0;
-    if (call.probs) row.y = call.loss ? top : int64_t(call.column<double>(SAVED_Y)[i]);
+    if (call.probs) row.y = call.loss ? top : int64_t(call.column(SAVED_Y)[i]);
     row.x_y = load_first(row.x.p + row.y * row.x.stride, 1);  // before anyone writes dx, which may be x
     row.z_y = transform<F>(row.x_y, call.options).sum();
     row.q_y = double(own_q<A>(call, row.y));
@@ -215,8 +215,8 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
       sums = rescale(parts[0].sums, m);
       for (int64_t b = 1; b < count; b++) sums = combine(sums, rescale(parts[b].sums, m), false);
     } else {
-      sums.m = call.column<double>(SAVED_M)[i], sums.so = call.column<double>(SAVED_SO)[i];
-      if constexpr (F::DENSE) sums.q_others = call.column<double>(SAVED_Q_OTHERS)[i];
+      sums.m = call.column(SAVED_M)[i], sums.so = call.column(SAVED_SO)[i];
+      if constexpr (F::DENSE) sums.q_others = call.column(SAVED_Q_OTHERS)[i];
       sums.z_y = row.z_y, sums.q_y = row.q_y;
     }
     const RowTerms<double, double> terms(sums);

@@ -153,7 +153,7 @@ void forward_py(const py::tuple& given, const py::tuple& options, double num_ite
                 const py::object& grad, uintptr_t saved, uintptr_t stats, int threads) {
   Call call = make_call(given, options, grad, py::none());
   call.scale = scale;
-  call.saved = reinterpret_cast<void*>(saved);
+  call.saved = reinterpret_cast<double*>(saved);
   call.stats = reinterpret_cast<Stats*>(stats);
   void* const out = address(loss, 0);
   const DType dtype = dtype_of(loss, 1, DType::float16);
@@ -171,7 +171,7 @@ void backward_py(const py::tuple& given, const py::tuple& options, double num_it
   call.scale = real(upstream, 1);
   call.g_lse = address(upstream, 2);
   if (!saved && call.rows > 0) refuse("expected the rows that a forward call saved, got none");
-  call.saved = reinterpret_cast<void*>(saved);
+  call.saved = reinterpret_cast<double*>(saved);
   const Reduction reduction = reduction_of(options);
   run(call, threads, [&] { return backward(call, reduction, num_items, threads); });
 }
@@ -250,7 +250,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
   m.attr("compiler") = "g++ " __VERSION__;
 #endif
-  m.attr("saved_size") = SAVED_DOUBLES;
   m.attr("stats_size") = sizeof(Stats) / sizeof(double);
 #ifdef _OPENMP
   m.attr("openmp") = true;

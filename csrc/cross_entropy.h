@@ -65,15 +65,13 @@ struct RowDims {
 };
 
 // What stands between forward and backward for each row: some of its sums, by the letters of formula.py. A column each,
-// so that rows in lanes are read and written side by side: of acc there, of double where lanes are classes.
+// so that rows in lanes are read and written side by side: there each holds two of acc where that is float.
 enum SavedColumn {
   SAVED_M,
   SAVED_SO,
-  SAVED_Q_OTHERS,  // where q is more than one class
-  SAVED_Y,         // under probability targets: the largest logit
-  SAVED_M_LOW,     // of rows in lanes, in float: what m is rounded by
+  SAVED_Q_OTHERS,
+  SAVED_Y,  // under probability targets: the largest logit
 };
-constexpr int SAVED_DOUBLES = 4;  // a row; room for five floats too
 
 // What a row can tell besides its loss.
 struct Stats {
@@ -91,7 +89,7 @@ struct Call {
   const void* g_lse;     // (rows) acc, of lse
   // outputs
   void* loss;     // (rows) acc; null: the saved rows are read instead of written
-  void* saved;    // (SAVED_DOUBLES, rows) double
+  double* saved;  // (columns, rows); a column that is not there is neither read nor written
   Stats* stats;   // (rows)
   View grad;      // (N, C, d1..dk), input's dtype
   View d_target;  // (N, C, d1..dk), target's dtype
@@ -106,9 +104,8 @@ struct Call {
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
   double ratio;  // D / count under a mean, because the z-loss is divided by the count instead
 
-  template <class N> FUSED_CE_INLINE N* column(SavedColumn which) const {
-    return static_cast<N*>(saved) + which * rows;
-  }
+  FUSED_CE_INLINE double* column(SavedColumn which) const { return saved + which * rows; }
+
   FUSED_CE_INLINE int64_t target_at(int64_t offset) const {
     return target.dtype == DType::uint8 ? static_cast<const uint8_t*>(target.data)[offset]
                                         : static_cast<const int64_t*>(target.data)[offset];

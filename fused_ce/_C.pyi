@@ -13,7 +13,6 @@ Upstream = tuple[int, float, int]  # (rows) acc of the loss, 0: one for all; wha
 
 openmp: bool  # False: built without OpenMP, so on one thread only
 compiler: str
-saved_size: int  # doubles a row, in columns
 stats_size: int  # doubles a row
 
 def isa_names() -> list[str]:
@@ -47,7 +46,7 @@ def forward(
     scale: float,  # the upstream gradient that grad is made for
     loss: tuple[int, int],  # address of () or (N, d1..dk), and its dtype
     grad: View | None,  # the input's shape
-    saved: int,  # (saved_size, rows) float64
+    saved: int,  # (columns, rows) float64
     stats: int,  # (rows, stats_size) float64
     threads: int,
     /,

@@ -132,8 +132,8 @@ def run(code: str, **environment: str) -> str:
 
 
 LIMITED = """
-x = torch.randn(100_000, 4).t(); y = torch.zeros(4, dtype=torch.int64)
-cross_entropy(x[:, :9], y)
+x = torch.randn(100_000, 16).t(); y = torch.zeros(16, dtype=torch.int64)
+cross_entropy(x[:, :2000], y)  # starts the threads, whose stacks would not fit either
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 3_000_000, -1))
 """

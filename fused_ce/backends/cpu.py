@@ -59,8 +59,8 @@ def unsupported(call: Call) -> list[str]:
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
-    """(4, rows): m, so, and what only some calls need: q_others, and the largest logit under probabilities."""
-    return _C.saved_size, math.prod(call.row_shape)
+    """(columns, rows): m, so, q_others, and the largest logit under probabilities."""
+    return 3 + call.has_probs, math.prod(call.row_shape)
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
