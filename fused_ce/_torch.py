@@ -164,7 +164,7 @@ def with_memory(tensor: Any) -> Any:  # Tensor | None
     if tensor is None or (address and not tensor.storage_offset()) or not tensor.numel():
         return tensor
     # Of a storage without memory, the address is what the offset alone makes it.
-    if address != tensor.storage_offset() * tensor.itemsize:
+    if address != tensor.storage_offset() * tensor.itemsize or tensor.is_meta:
         return tensor
     if _is_zero(tensor):
         return tensor.clone()
