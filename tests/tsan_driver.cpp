@@ -54,7 +54,7 @@ Bytes results(uint64_t seed, int threads) {
   const bool probs = random.up_to(4) == 0, class_last = random.up_to(3) > 0, fused = random.up_to(2);
   const int64_t class_stride = class_last ? 1 : rows, row_stride = class_last ? C : 1;
   Bytes input = floats(random, dtype, n), grad(n * width(dtype)), loss(rows * 8), target(rows * 8);
-  Bytes saved(rows * sizeof(Saved)), stats(rows * sizeof(Stats));
+  Bytes saved(rows * 4 * sizeof(double)), stats(rows * sizeof(Stats));
   const DType acc = dtype == DType::float64 ? dtype : DType::float32;
   Bytes weight = floats(random, acc, C), upstream = floats(random, acc, rows);
 
@@ -73,10 +73,10 @@ Bytes results(uint64_t seed, int threads) {
     call.target = view(target, DType::int64, 0, 1);
   }
   call.probs = probs;
-  call.across = lanes_across_rows(C, class_stride, 1);
+  call.across = lanes_across_rows(call);
   if (random.up_to(2)) call.weight = weight.data();
   if (random.up_to(2)) call.stats = reinterpret_cast<Stats*>(stats.data());
-  call.saved = reinterpret_cast<Saved*>(saved.data());
+  call.saved = reinterpret_cast<double*>(saved.data());
   const View dx = view(grad, dtype, 1, C);
   if (fused) call.grad = dx;
   const Reduction reduction = random.one_of({Reduction::none, Reduction::mean, Reduction::sum});
