@@ -37,8 +37,7 @@ template <class F, bool MANY> struct RowGroup {
   const Scales<F> scales;
   Part part;  // the chunk
   Pair<V> m = {splat(-A(__builtin_inff())), V{}};
-  // Their m and z_y are counted from m. One by one, because g++ clears a whole struct by a slow string instruction.
-  RowSums<V> sums;
+  RowSums<V> sums;    // their m and z_y are counted from m
   V lost[4];          // of so, q_others, q_drop, e_drop
   Pair<V> best = {};  // the largest z so far
   I largest = {};     // and its class
@@ -53,6 +52,7 @@ template <class F, bool MANY> struct RowGroup {
         q(dz_dx + room),
         low(q + room),
         scales(scales) {
+    // One by one: g++ clears a whole struct by a slow string instruction.
     sums.m = sums.so = sums.z_y = sums.q_y = sums.q_others = sums.q_drop = sums.e_drop = V{};
     for (V& of_sum : lost) of_sum = V{};
     part.first = first, part.n = n;
@@ -102,7 +102,7 @@ template <class F, bool MANY> struct RowGroup {
   }
 
   // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
-  INLINE void find_largest() {
+  void find_largest() {
     I at = {};
     Pair<V> most = z_of(0);
     for (int64_t i = 1; i < count(); i++) {
@@ -209,7 +209,7 @@ template <class F, bool MANY> struct RowGroup {
     });
   }
 
-  INLINE void write_target_grad(const RowTerms<V, A>& row, V scale) {
+  void write_target_grad(const RowTerms<V, A>& row, V scale) {
     const A* w = static_cast<const A*>(call.weight);
     const V share = scale * A(1 - o.label_smoothing);
     const Pair<V> m = this->m;
@@ -219,7 +219,7 @@ template <class F, bool MANY> struct RowGroup {
     });
   }
 
-  INLINE void write_stats(const RowTerms<V, A>& row, I argmax) {
+  void write_stats(const RowTerms<V, A>& row, I argmax) {
     const V entropy = row_entropy(row);
     for (int i = 0; i < part.n; i++)
       call.stats[part.first + i] = labels.counted[i]

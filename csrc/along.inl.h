@@ -180,9 +180,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     row.y = call.probs ? 0 : call.target_at(call.dims.offset(call.target, i));
     if (!call.probs && row.y == call.options.ignore_index) {
       if (first) write_ignored<A>(call, i);
-      if (first && row.dx.p && row.dx.stride == 1) __builtin_memset(row.dx.p, 0, C * sizeof(T));
-      if (first && row.dx.p && row.dx.stride != 1)
-        for (int64_t c = 0; c < C; c++) row.dx.p[c * row.dx.stride] = T{};
+      if (first && row.dx.p) row.dx.clear(C);
       continue;
     }
     const int64_t top = call.loss && (call.probs || (call.stats && first)) ? largest<F>(row.x, C, call.options) : 0;

@@ -241,7 +241,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("empty", empty_py);
   m.def("keep_at_most", memory::keep_at_most);
   m.def("empty_cache", memory::empty_cache, py::call_guard<py::gil_scoped_release>());
-  m.def("held", [] { return py::make_tuple(memory::held().used, memory::held().idle); });
+  m.def("held", [] {
+    const memory::Held held = memory::held();
+    return py::make_tuple(held.used, held.idle);
+  });
   m.def("isa", [] { return isa().name; });
   m.def("isa_names", isa_names);
   m.def("set_isa", set_isa_py);

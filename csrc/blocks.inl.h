@@ -16,6 +16,11 @@ template <class T> struct Classes {
     for (int64_t i = 0; i < end - begin; i++) room[i] = from[i * stride];
     return room;
   }
+  INLINE void clear(int64_t C) const {
+    if (stride == 1) __builtin_memset(p, 0, C * sizeof(T));
+    else
+      for (int64_t c = 0; c < C; c++) p[c * stride] = T{};
+  }
   INLINE void scatter(const T* room, int64_t begin, int64_t end) const {
     T* const to = p + begin * stride;
 #pragma GCC unroll 8

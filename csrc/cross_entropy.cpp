@@ -94,11 +94,9 @@ template <class Function> void parallel(int threads, Function f) {
 }
 
 // As many rows as can be shared evenly go to one thread each; what is left, to teams.
-void run_all_rows(Call call, int wanted) {
+void run_all_rows(const Call& call, int wanted) {
   const int threads = threads_for(bytes_of(call), wanted);
   if (call.grad.data) advise_huge_pages(call.grad.data, bytes_of(call));
-  // Longer rows keep their exponentials in the gradient itself.
-  call.streams = bytes_of(call) >= STREAMED_BYTES && call.C < MOST_ALONG && memory::is_lent(call.grad.data);
   const bool may_team = !call.across && call.C * size_of(call.input.dtype) >= SERIAL_BYTES;
   const int64_t teams = may_team ? call.rows % threads : 0, bytes = scratch_bytes(call);
   const std::unique_ptr<Barrier[]> barriers(teams ? new Barrier[teams] : nullptr);
@@ -189,10 +187,12 @@ double normalize(Call& call, double weights, int64_t count, std::unique_ptr<floa
   return weights * factor;
 }
 
-// Checks every target and finds what the rows share: the scale and, under a mean, D / count.
+// Checks every target and finds what the rows share: how they are written, the scale and, under a mean, D / count.
 Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, double* divisor,
                 std::unique_ptr<float[]>& normal) {
   call.ratio = 1;
+  // Longer rows keep their exponentials in the gradient itself.
+  call.streams = bytes_of(call) >= STREAMED_BYTES && call.C < MOST_ALONG && memory::is_lent(call.grad.data);
   int64_t count = call.rows;
   double weights = double(count);
   if (!call.probs) {

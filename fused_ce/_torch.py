@@ -154,14 +154,16 @@ def with_memory(tensor: Any) -> Any:  # Tensor | None
     Raises:
         RuntimeError: its storage was freed.
     """
+    if tensor is None:
+        return None
     try:
-        address = 0 if tensor is None else tensor.data_ptr()
+        address = tensor.data_ptr()
     except RuntimeError:
         alive = _unwrap_if_dead(tensor)  # what a torch.func transform left behind when it ended
         if alive is tensor:
             raise
         return with_memory(alive)
-    if tensor is None or (address and not tensor.storage_offset()) or not tensor.numel():
+    if (address and not tensor.storage_offset()) or not tensor.numel():
         return tensor
     # Of a storage without memory, the address is what the offset alone makes it.
     if address != tensor.storage_offset() * tensor.itemsize or tensor.is_meta:

@@ -30,7 +30,7 @@ from accuracy import bits
 from fuzz_bad import REFUSALS, spoiled
 from fuzz_calls import Drawn, draw
 from fuzz_exact import Answers, Exact, answers, as_rows
-from fuzz_judge import LIMITS, differs, gradient_faults, stats_faults
+from fuzz_judge import LIMITS, differs, gradient_faults, is_beyond_limits, stats_faults
 from oracle import composed
 from torch import Tensor
 
@@ -85,24 +85,7 @@ def described(call: Drawn) -> str:
 
 
 def _faults(call: Drawn) -> Iterator[str]:
-    ends = call.notes["weight"] in ("1e-37", "1e30") and call.input.dtype != torch.float64
-    if ends and BACKEND == "triton" and "weights near the ends of float32 on Triton" in LIMITS:
-        return
-    weights, z_loss = call.notes["weight"], call.keywords["lse_square_scale"]
-    if weights == "inf" and z_loss and "infinite weights beside a z-loss" in LIMITS:
-        return
-    if (
-        weights == "1e-37"
-        and call.notes["values"] == "-inf"
-        and call.input.dtype != torch.float64
-        and "weights of 1e-37 beside logits of -inf" in LIMITS
-    ):
-        return
-    if (
-        (ends or weights == "inf")
-        and call.notes["values"] == "extreme"
-        and "extreme logits under weights near the ends of float32" in LIMITS
-    ):
+    if is_beyond_limits(call, BACKEND):
         return
     if call.target.dtype == torch.uint8 and call.weight is not None and call.keywords["label_smoothing"] > 0:
         return  # torch refuses it for want of a kernel, and so is it refused with keywords that torch does not have

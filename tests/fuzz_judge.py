@@ -32,6 +32,19 @@ LIMITS = (
 )
 
 
+def is_beyond_limits(call: Drawn, backend: str) -> bool:
+    """Whether nothing is promised of the call's numbers, by its weights."""
+    weights, values, double = call.notes["weight"], call.notes["values"], call.input.dtype == torch.float64
+    ends = weights in ("1e-37", "1e30") and not double
+    met = {
+        "weights near the ends of float32 on Triton": ends and backend == "triton",
+        "infinite weights beside a z-loss": weights == "inf" and call.keywords["lse_square_scale"],
+        "weights of 1e-37 beside logits of -inf": weights == "1e-37" and values == "-inf" and not double,
+        "extreme logits under weights near the ends of float32": (ends or weights == "inf") and values == "extreme",
+    }
+    return any(met[name] for name in LIMITS if name in met)
+
+
 def differs(name: str, got: Tensor, exact: Exact, torchs: Tensor | None = None, where: Any = None) -> Iterator[str]:
     """Whether each number lies between the exact value less its bound and that plus its bound, both of them rounded.
 

@@ -87,33 +87,6 @@ def test_programs_start(
     assert capsys.readouterr().out.startswith("usage: ")
 
 
-@needs_kernels
-def test_never_slower_tells_what_is_below_the_bar(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sweep = import_module("never_slower")
-    file = tmp_path / "out.json"
-    words = ["--threads", "1", "--seconds", "0.001", "--only", "8x2", "--json", str(file)]
-    for bar in (0.0, float("inf")):
-        with patch.context() as changed, contextlib.redirect_stdout(io.StringIO()) as printed:
-            changed.setattr(sweep, "BAR", bar)
-            assert sweep.main(words) == (bar > 0)
-        found = json.loads(file.read_text())["calls"]
-        below = len(found) if bar else 0
-        assert f"{below} of {len(found)} calls below {bar}" in printed.getvalue()
-    assert len(found) == sum("8x2" in str(case) for case in sweep.cases())
-    for row in found:
-        assert row["ratio"] == pytest.approx(row["torch_seconds"] / row["seconds"])
-    assert [row["ratio"] for row in found] == sorted(row["ratio"] for row in found)
-
-
-@pytest.mark.parametrize("option", ["plain", "probabilities that want a gradient", "weight, none", "no gradient"])
-def test_never_slower_calls_both_alike(patch: pytest.MonkeyPatch, option: str) -> None:
-    sweep = import_module("never_slower")
-    for layout in ("contiguous", "transposed", "every second class", "every second row", "columns of more"):
-        ours, theirs = (call() for call in sweep.calls(sweep.Case((6, 10), layout, option)))
-        for mine, of_torch in zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]:
-            torch.testing.assert_close(mine, of_torch)
-
-
 def altered(loss_factor: float, grad_factor: float) -> Any:
     def stranger(problem: Any) -> Any:
         right = import_module("peers").PEERS["torch"](problem)

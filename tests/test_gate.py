@@ -298,15 +298,3 @@ def test_probabilities_beside_other_modes() -> None:
     with torch.device("cpu"), Doubling(), torch.device("cpu"):
         got = cross_entropy(x(4, 5), p(4, 5))
     torch.testing.assert_close(got, 2 * F.cross_entropy(x(4, 5), p(4, 5)))
-
-
-def test_what_a_transform_left_behind_is_an_ordinary_tensor() -> None:
-    left = []
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        left.append(x)
-        return x.sum()
-
-    torch.func.grad(keep)(torch.randn(4, 5))
-    target = torch.tensor([0, 1, 2, 3])
-    assert cross_entropy(left[0], target).item() == pytest.approx(F.cross_entropy(left[0], target).item())

@@ -159,3 +159,15 @@ def test_private_names_stand_in_one_file() -> None:
         lines = path.read_text().splitlines()
         found = [line for line in lines if private.search(line)]
         assert not found or path.name == "_torch.py", (path, found)
+
+
+def test_what_a_transform_left_behind_is_an_ordinary_tensor() -> None:
+    left = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        left.append(x)
+        return x.sum()
+
+    torch.func.grad(keep)(torch.randn(4, 5))
+    target = torch.tensor([0, 1, 2, 3])
+    assert cross_entropy(left[0], target).item() == pytest.approx(F.cross_entropy(left[0], target).item())

@@ -119,26 +119,23 @@ template <class T> INLINE int64_t to_stream(const T* p, int64_t n) {
 }
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
 INLINE void stream_end() { _mm_sfence(); }
-INLINE void stream(float* p, Vec::f32 v) { _mm512_stream_ps(p, (__m512)v); }
-INLINE void stream(double* p, Vec::f64 v) { _mm512_stream_pd(p, (__m512d)v); }
-template <class Half> INLINE void stream(Half* p, Vec::f32 v) {
-  Half narrowed[Constants<float>::lanes];
-  store(narrowed, v);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), read<__m256i>(narrowed));
-}
+INLINE void stream_bits(void* p, Vec::u32 v) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v); }
+INLINE void stream_bits(void* p, Vec::u16 v) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v); }
 #elif VECTOR_BYTES == 32 && defined(__AVX2__)
 INLINE void stream_end() { _mm_sfence(); }
-INLINE void stream(float* p, Vec::f32 v) { _mm256_stream_ps(p, (__m256)v); }
-INLINE void stream(double* p, Vec::f64 v) { _mm256_stream_pd(p, (__m256d)v); }
+INLINE void stream_bits(void* p, Vec::u32 v) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v); }
+INLINE void stream_bits(void* p, Vec::u16 v) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v); }
+#else
+INLINE void stream_end() {}
+template <class V> INLINE void stream_bits(void* p, V v) { write(p, v); }
+#endif
+INLINE void stream(float* p, Vec::f32 v) { stream_bits(p, (Vec::u32)v); }
+INLINE void stream(double* p, Vec::f64 v) { stream_bits(p, (Vec::u32)v); }
 template <class Half> INLINE void stream(Half* p, Vec::f32 v) {
   Half narrowed[Constants<float>::lanes];
   store(narrowed, v);
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), read<__m128i>(narrowed));
+  stream_bits(p, read<Vec::u16>(narrowed));
 }
-#else
-INLINE void stream_end() {}
-template <class T, class V> INLINE void stream(T* p, V v) { store(p, v); }
-#endif
 
 // ---- p[y] of each lane
 

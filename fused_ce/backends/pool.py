@@ -54,7 +54,7 @@ if _C is not None:
 
 def empty_like(tensor: Tensor) -> Tensor:
     """A contiguous tensor of the same shape and dtype on the CPU, of any content."""
-    if tensor.numel() * tensor.itemsize >= SMALLEST:
+    if tensor.nbytes >= SMALLEST:
         lent = _C.empty(tensor.shape, DTYPES[tensor.dtype])
         if lent is not None:
             result = from_dlpack(lent)
