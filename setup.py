@@ -33,6 +33,7 @@ X86 = {
         "-Wno-maybe-uninitialized",
     ],  # g++ 12 warns of its own intrinsics
 }
+PYTHON = ("bindings", "tensors")  # what knows Python
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
 ROOT = Path(__file__).resolve().parent
@@ -137,7 +138,7 @@ class NinjaBuild(build_ext):
                 name = Path(source).stem
                 if name in X86 and name not in isas:
                     continue
-                flags = python if name == "bindings" else X86.get(name, [])
+                flags = python if name in PYTHON else X86.get(name, [])
                 objects += ninja.build(str(folder / f"{name}.o"), "compile", source, variables={"flags": words(*flags)})
             ninja.build(str(library), "link", objects)
 

@@ -1,4 +1,4 @@
-// The only file that knows Python: reads pointers, sizes and strides, releases the GIL, raises for a bad target.
+// What Python calls: reads tensors and options into a Call, releases the GIL, raises for a bad target.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "dlpack.h"
 #include "memory.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace fused_ce;
@@ -18,54 +19,38 @@ constexpr int64_t KEEP_GIL = 4096;
 [[noreturn]] void refuse(const std::string& message) { throw py::value_error(message); }
 
 // Python's own functions: pybind11's casts, a dozen a call, would take longer than a small kernel.
-PyObject* item(const py::tuple& fields, int64_t i) {
-  if (!PyTuple_Check(fields.ptr()) || i >= PyTuple_GET_SIZE(fields.ptr()))
+PyObject* item(PyObject* fields, Py_ssize_t i) {
+  if (!PyTuple_Check(fields) || i >= PyTuple_GET_SIZE(fields))
     refuse("expected a tuple with an item " + std::to_string(i) + "; see _C.pyi");
-  return PyTuple_GET_ITEM(fields.ptr(), i);
+  return PyTuple_GET_ITEM(fields, i);
 }
-int64_t number(const py::tuple& numbers, int64_t i) {
-  const int64_t value = PyLong_AsLongLong(item(numbers, i));
+int64_t number(PyObject* from) {
+  const int64_t value = PyLong_AsLongLong(from);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
-double real(const py::tuple& numbers, int64_t i) {
-  const double value = PyFloat_AsDouble(item(numbers, i));
+double real(PyObject* from) {
+  const double value = PyFloat_AsDouble(from);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
-void* address(const py::tuple& addresses, int64_t i) {
-  void* const value = PyLong_AsVoidPtr(item(addresses, i));
-  if (!value && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-py::tuple part(const py::tuple& fields, int64_t i) { return py::reinterpret_borrow<py::tuple>(item(fields, i)); }
 
-DType dtype_of(const py::tuple& fields, int64_t i, DType last) {
-  const int64_t code = number(fields, i);
-  if (code < 0 || code > int64_t(last))
-    refuse("expected a dtype from 0 to " + std::to_string(int(last)) + ", got " + std::to_string(code));
-  return DType(code);
-}
-
-// (pointer, dtype code, sizes, strides) with the class dimension at `class_dim`, or without one (-1); or None.
-View view(const py::object& tensor, int row_dims, int class_dim, DType last, const Call& call) {
+// A tensor with its classes along `class_dim`, or without them (-1); or None.
+View view(PyObject* tensor, int class_dim, DType last, const Call& call) {
   View result{};
-  if (tensor.is_none()) return result;
-  const auto fields = py::reinterpret_borrow<py::tuple>(tensor);
-  const auto sizes = part(fields, 2), strides = part(fields, 3);
-  result.data = address(fields, 0);
+  if (tensor == Py_None) return result;
+  const tensors::Tensor seen = tensors::read(tensor, last);
+  result.data = seen.data;
   if (!result.data && call.rows > 0) refuse("expected the address of a tensor's elements, got 0");
-  result.dtype = dtype_of(fields, 1, last);
+  result.dtype = seen.ours;
   int d = 0;
-  if (!PyTuple_Check(sizes.ptr()) || !PyTuple_Check(strides.ptr()) || sizes.size() != strides.size())
-    refuse("expected as many strides as sizes");
-  for (int i = 0; i < int(PyTuple_GET_SIZE(strides.ptr())); i++) {
+  for (int i = 0; i < seen.dims; i++) {
     const bool is_class = i == class_dim;
-    if ((!is_class && d >= row_dims) || number(sizes, i) != (is_class ? call.C : call.dims.sizes[d]))
+    if ((!is_class && d >= call.dims.rank) || seen.sizes[i] != (is_class ? call.C : call.dims.sizes[d]))
       refuse("sizes of input and target differ");
-    (is_class ? result.class_stride : result.strides[d++]) = number(strides, i);
+    (is_class ? result.class_stride : result.strides[d++]) = seen.strides[i];
   }
-  if (d != row_dims) refuse("dimensions of input and target differ");
+  if (d != call.dims.rank || class_dim >= seen.dims) refuse("dimensions of input and target differ");
   return result;
 }
 
@@ -87,13 +72,14 @@ void merge_dims(Call& call) {
 }
 
 // The first five fields of options.Options, in its order. torch reads a smoothing that is not above zero as none.
-Options options_of(const py::tuple& fields) {
-  const double e = real(fields, 1);
-  const bool capped = item(fields, 3) != Py_None;
-  return {number(fields, 0), e > 0 ? e : 0, real(fields, 2), capped ? real(fields, 3) : 0, real(fields, 4)};
+Options options_of(PyObject* fields) {
+  const double e = real(item(fields, 1));
+  PyObject* const cap = item(fields, 3);
+  return {number(item(fields, 0)), e > 0 ? e : 0, real(item(fields, 2)), cap != Py_None ? real(cap) : 0,
+          real(item(fields, 4))};
 }
 
-Reduction reduction_of(const py::tuple& options) {
+Reduction reduction_of(PyObject* options) {
   PyObject* const name = item(options, 5);
   if (!PyUnicode_Check(name)) refuse("expected the name of a reduction");
   if (PyUnicode_CompareWithASCIIString(name, "mean") == 0) return Reduction::mean;
@@ -102,84 +88,111 @@ Reduction reduction_of(const py::tuple& options) {
   refuse("reduction must be none, mean or sum");
 }
 
-// given: (input, target, address of the weight or 0)
-Call make_call(const py::tuple& given, const py::tuple& options, const py::object& grad, const py::object& d_target) {
-  const py::tuple input = part(given, 0), target = part(given, 1);
-  const auto sizes = part(input, 2);
-  const int dim = int(sizes.size()), class_dim = dim > 1 ? 1 : 0;
-  if (dim < 1 || dim > MAX_DIMS)
-    refuse("expected 1 to " + std::to_string(MAX_DIMS) + " dimensions, got " + std::to_string(dim));
+DType acc_of(const Call& call) { return call.input.dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+Call make_call(PyObject* input, PyObject* target, PyObject* weight, PyObject* options, PyObject* grad,
+               PyObject* d_target) {
+  const tensors::Tensor logits = tensors::read(input, DType::float16);
+  const int dim = logits.dims, class_dim = dim > 1 ? 1 : 0;
+  if (dim < 1) refuse("expected 1 to " + std::to_string(MAX_DIMS) + " dimensions, got none");
   Call call{};
-  call.C = number(sizes, class_dim);
+  call.C = logits.sizes[class_dim];
   call.rows = 1;
   call.dims.rank = 0;
   for (int i = 0; i < dim; i++) {
     if (i == class_dim) continue;
-    const int64_t size = number(sizes, i);
-    if (size < 0) refuse("expected sizes from 0 on, got " + std::to_string(size));
-    call.dims.sizes[call.dims.rank++] = size;
-    call.rows *= size;
+    call.dims.sizes[call.dims.rank++] = logits.sizes[i];
+    call.rows *= logits.sizes[i];
   }
-  if (call.dims.rank == 0) call.dims.sizes[call.dims.rank++] = 1;
   if (call.C < 1) refuse("expected at least one class, got " + std::to_string(call.C));
-  call.input = view(input, dim - 1, class_dim, DType::float16, call);
-  call.probs = dtype_of(target, 1, DType::uint8) < DType::int64;
-  call.target = view(target, dim - 1, call.probs ? class_dim : -1, DType::uint8, call);
-  call.grad = view(grad, dim - 1, class_dim, call.input.dtype, call);
+  call.input = view(input, class_dim, DType::float16, call);
+  const DType kind = tensors::read(target, DType::uint8).ours;
+  call.probs = kind < DType::int64;
+  call.target = view(target, call.probs ? class_dim : -1, kind, call);
+  call.grad = view(grad, class_dim, DType::float16, call);
   if (call.grad.data && call.grad.dtype != call.input.dtype) refuse("expected a gradient of the input's dtype");
-  call.d_target = view(d_target, dim - 1, class_dim, call.target.dtype, call);
+  call.d_target = view(d_target, class_dim, DType::float16, call);
+  if (call.d_target.data && call.d_target.dtype != kind) refuse("expected a gradient of the target's dtype");
+  if (call.dims.rank == 0) call.dims.sizes[call.dims.rank++] = 1;
   call.across = lanes_across_rows(call);
   if (call.rows > 0) merge_dims(call);
-  call.weight = address(given, 2);
+  call.weight = tensors::elements(weight, call.C, acc_of(call));
   call.options = options_of(options);
   call.scale = 1;
   return call;
 }
 
-template <class Work> void run(const Call& call, int threads, Work work) {
-  if (threads < 1) refuse("expected at least one thread, got " + std::to_string(threads));
+template <class Work> PyObject* run(const Call& call, PyObject* threads, Work work) {
+  const int64_t count = number(threads);
+  if (count < 1) refuse("expected at least one thread, got " + std::to_string(count));
   Refusal refusal;
   if (call.rows * call.C < KEEP_GIL) {
-    refusal = work();
+    refusal = work(int(count));
   } else {
     py::gil_scoped_release release;
-    refusal = work();
+    refusal = work(int(count));
   }
   if (refusal.bad) throw py::index_error("Target " + std::to_string(refusal.target) + " is out of bounds.");
+  Py_RETURN_NONE;
 }
 
-// loss: (address, dtype code)
-void forward_py(const py::tuple& given, const py::tuple& options, double num_items, double scale, const py::tuple& loss,
-                const py::object& grad, uintptr_t saved, uintptr_t stats, int threads) {
-  Call call = make_call(given, options, grad, py::none());
-  call.scale = scale;
-  call.saved = reinterpret_cast<double*>(saved);
-  call.stats = reinterpret_cast<Stats*>(stats);
-  void* const out = address(loss, 0);
-  const DType dtype = dtype_of(loss, 1, DType::float16);
-  const Reduction reduction = reduction_of(options);
-  if (!out && (call.rows > 0 || reduction != Reduction::none)) refuse("expected the address of the loss, got 0");
-  run(call, threads, [&] { return forward(call, reduction, num_items, out, dtype, threads); });
+// As Python calls functions of C. What pybind11 does for each argument would take longer than a small kernel.
+using Arguments = PyObject* const*;
+
+template <PyObject* (*Body)(Arguments), int Count> PyObject* called(PyObject*, Arguments given, Py_ssize_t count) {
+  try {
+    if (count != Count) throw py::type_error("expected " + std::to_string(Count) + " arguments; see _C.pyi");
+    return Body(given);
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
 
-// upstream: (address of one for each row or 0, what multiplies them, address of those of lse or 0)
-void backward_py(const py::tuple& given, const py::tuple& options, double num_items, const py::tuple& upstream,
-                 const py::object& grad, const py::object& d_target, uintptr_t saved, int threads) {
-  Call call = make_call(given, options, grad, d_target);
-  if (grad.is_none()) refuse("expected where to write the gradient, got None");
-  call.upstream = address(upstream, 0);
-  call.scale = real(upstream, 1);
-  call.g_lse = address(upstream, 2);
-  if (!saved && call.rows > 0) refuse("expected the rows that a forward call saved, got none");
-  call.saved = reinterpret_cast<double*>(saved);
-  const Reduction reduction = reduction_of(options);
-  run(call, threads, [&] { return backward(call, reduction, num_items, threads); });
+// input, target, weight, options, num_items, scale, loss, grad, saved, stats, threads
+PyObject* forward_py(Arguments given) {
+  Call call = make_call(given[0], given[1], given[2], given[3], given[7], Py_None);
+  const Reduction reduction = reduction_of(given[3]);
+  const double num_items = real(given[4]);
+  call.scale = real(given[5]);
+  const DType dtype = tensors::read(given[6], DType::float16).ours;
+  void* const loss = tensors::elements(given[6], reduction == Reduction::none ? call.rows : 1, dtype);
+  call.saved = static_cast<double*>(tensors::elements(given[8], (SAVED_Y + call.probs) * call.rows, DType::float64));
+  constexpr int64_t FIELDS = sizeof(Stats) / sizeof(double);
+  call.stats = static_cast<Stats*>(tensors::elements(given[9], FIELDS * call.rows, DType::float64));
+  return run(call, given[10], [&](int threads) { return forward(call, reduction, num_items, loss, dtype, threads); });
 }
+
+// input, target, weight, options, num_items, upstream, scale, upstream of lse, grad, gradient of target, saved, threads
+PyObject* backward_py(Arguments given) {
+  Call call = make_call(given[0], given[1], given[2], given[3], given[8], given[9]);
+  if (given[8] == Py_None) refuse("expected where to write the gradient, got None");
+  if (given[10] == Py_None) refuse("expected the rows that a forward call saved, got none");
+  const Reduction reduction = reduction_of(given[3]);
+  const double num_items = real(given[4]);
+  call.upstream = tensors::elements(given[5], call.rows, acc_of(call));
+  call.scale = real(given[6]);
+  call.g_lse = tensors::elements(given[7], call.rows, acc_of(call));
+  call.saved = static_cast<double*>(tensors::elements(given[10], (SAVED_Y + call.probs) * call.rows, DType::float64));
+  return run(call, given[11], [&](int threads) { return backward(call, reduction, num_items, threads); });
+}
+
+PyMethodDef FAST[] = {
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<forward_py, 11>)), METH_FASTCALL, ""},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<backward_py, 12>)), METH_FASTCALL,
+     ""},
+    {}};
 
 // Both are contract.RowSums, of numbers.
 py::tuple combine_py(const py::tuple& sums, const py::tuple& after, bool probs) {
   double numbers[8], more[8];
-  for (int i = 0; i < 8; i++) numbers[i] = real(sums, i), more[i] = real(after, i);
+  for (int i = 0; i < 8; i++) numbers[i] = real(item(sums.ptr(), i)), more[i] = real(item(after.ptr(), i));
   isa().combine(numbers, more, probs);
   py::tuple joined(8);
   for (int i = 0; i < 8; i++) joined[i] = numbers[i];
@@ -196,7 +209,7 @@ py::object empty_py(const py::tuple& sizes, int64_t dtype) {
   if (dtype < 0 || dtype > int64_t(DType::uint8)) refuse("expected a dtype from 0 to 5, got " + std::to_string(dtype));
   int64_t wanted[MAX_DIMS];
   for (int64_t d = 0; d < dims; d++) {
-    wanted[d] = number(sizes, d);
+    wanted[d] = number(item(sizes.ptr(), d));
     if (wanted[d] < 0) refuse("expected sizes from 0 on, got " + std::to_string(wanted[d]));
   }
   dlpack::ManagedTensor* made;
@@ -235,8 +248,9 @@ void set_isa_py(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.def("forward", forward_py);
-  m.def("backward", backward_py);
+  if (PyModule_AddFunctions(m.ptr(), FAST)) throw py::error_already_set();
+  m.def("meet", tensors::meet);
+  m.def("is_common", tensors::is_common);
   m.def("combine", combine_py);
   m.def("empty", empty_py);
   m.def("keep_at_most", memory::keep_at_most);

@@ -33,6 +33,17 @@ void give_back(ManagedTensor* managed) {
 
 }  // namespace
 
+bool find(DataType code, DType& dtype) {
+  constexpr DType ALL[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16, DType::int64, DType::uint8};
+  for (const DType ours : ALL) {
+    const DataType one = code_of(ours);
+    if (code.code != one.code || code.bits != one.bits || code.lanes != one.lanes) continue;
+    dtype = ours;
+    return true;
+  }
+  return false;
+}
+
 ManagedTensor* make(const int64_t* sizes, int dims, DType dtype) {
   const DataType code = code_of(dtype);
   int64_t bytes = code.bits / 8;

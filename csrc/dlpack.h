@@ -1,5 +1,5 @@
-// A tensor in memory of the pool, in the form that torch takes from other libraries: the structs of dlpack.h, version
-// 0.x, written down here because its layout is fixed and no header of torch's is needed for it.
+// Tensors in the form that torch exchanges with other libraries: the structs of dlpack.h, version 0.x for a tensor in
+// memory of the pool, written down here because their layout is fixed and no header of torch's is needed for it.
 #pragma once
 #include <cstdint>
 
@@ -23,6 +23,9 @@ struct Tensor {
   int64_t *sizes, *strides;
   uint64_t byte_offset;
 };
+
+// Which of ours it is; false: none.
+bool find(DataType code, DType& dtype);
 
 struct ManagedTensor {
   Tensor tensor;

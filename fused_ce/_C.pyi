@@ -1,15 +1,11 @@
-"""Types of csrc/bindings.cpp. Tensors come as views, or as addresses where 0 stands for none."""
+"""Types of csrc/bindings.cpp and csrc/tensors.cpp."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
-from .contract import RowSums
+from torch import Tensor
+
+from .contract import Call, RowSums
 from .options import Options
-
-View = tuple[int, int, Sequence[int], Sequence[int]]  # address, dtype as in cpu.py, sizes, strides in elements
-Given = tuple[
-    View, View, int
-]  # input (N, C, d1..dk) or (C); target (N, d1..dk) or (), or the input's shape; weight (C) acc
-Upstream = tuple[int, float, int]  # (rows) acc of the loss, 0: one for all; what multiplies them; (rows) acc of lse
 
 openmp: bool  # False: built without OpenMP, so on one thread only
 compiler: str
@@ -39,28 +35,40 @@ def empty_cache() -> None:
 def held() -> tuple[int, int]:
     """Bytes of the pool: in use, idle."""
 
+def meet(tensor: type[Tensor], parameter: type[Tensor], /) -> None:
+    """Once, before the functions below: the only types of tensors that `is_common` takes."""
+
+def is_common(call: Call, watchers: tuple[Callable[[], object], ...], /) -> bool:
+    """Whether the kernels take the call, no watcher answers with something true, and nothing else need be asked."""
+
 def forward(
-    given: Given,
+    input: Tensor,  # (N, C, d1..dk) or (C)
+    target: Tensor,  # (N, d1..dk) or (), or the input's shape
+    weight: Tensor | None,  # (C,) acc
     options: Options,
-    num_items: float,  # NaN: not given
+    num_items: float,  # minus infinity: not given
     scale: float,  # the upstream gradient that grad is made for
-    loss: tuple[int, int],  # address of () or (N, d1..dk), and its dtype
-    grad: View | None,  # the input's shape
-    saved: int,  # (columns, rows) float64
-    stats: int,  # (rows, stats_size) float64
+    loss: Tensor,  # () or (N, d1..dk)
+    grad: Tensor | None,  # the input's shape
+    saved: Tensor | None,  # (columns, rows) float64
+    stats: Tensor | None,  # (rows, stats_size) float64
     threads: int,
     /,
 ) -> None:
-    """Write the loss, and what else has an address. IndexError for a target out of range."""
+    """Write the loss, and what else is given. IndexError for a target out of range."""
 
 def backward(
-    given: Given,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,  # (C,) acc
     options: Options,
     num_items: float,
-    upstream: Upstream,
-    grad: View | None,
-    d_target: View | None,  # the target's shape
-    saved: int,
+    upstream: Tensor | None,  # (rows) acc, of the loss; None: one for all
+    scale: float,  # what multiplies them
+    of_lse: Tensor | None,  # (rows) acc, of lse
+    grad: Tensor,  # the input's shape
+    d_target: Tensor | None,  # the target's shape
+    saved: Tensor,
     threads: int,
     /,
 ) -> None:

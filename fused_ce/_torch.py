@@ -10,6 +10,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,13 +29,15 @@ def _find(path: str, otherwise: Any = None) -> Any:
 # Whether a torch.func transform is at work.
 transforms_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: True)
 
-# Modes that watch torch's functions and operators, and what records them for torch.jit.trace. A default device is such
+# Modes that watch torch's functions and operators, and what records them for torch.jit.trace (where changes in place
+# would go unseen, that is always said to be at work). A default device is such
 # a mode too, one that only looks at functions that make tensors.
 _function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", lambda: -1)
 _function_mode: Callable[[int], object] = _find("_C._get_function_stack_at", lambda i: None)
 _DEVICE_CONTEXT = "torch.utils._device"  # the module of its class
 _dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 1)
-_tracing_state: Callable[[], object] = _find("_C._get_tracing_state", lambda: "unknown")
+_HAS_VERSIONS = _find("Tensor._version") is not None
+_tracing_state: Callable[[], object] = _find("_C._get_tracing_state" if _HAS_VERSIONS else "", lambda: "unknown")
 
 # Whether the backward that runs now was asked to keep its graph.
 keeps_graph: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
@@ -58,7 +61,6 @@ _PID = os.getpid()
 T = TypeVar("T")
 
 _HAS_LEVELS = _find("autograd.forward_ad._current_level") is not None
-_HAS_VERSIONS = _find("Tensor._version") is not None
 _UNPACKS_ONE = _find("_C._autograd.SavedTensor.unpack") is not None
 _HAS_BASES = _find("Tensor._is_view") is not None and _find("Tensor._base") is not None
 
@@ -73,12 +75,23 @@ def is_watched() -> bool:
     modes = _function_modes()
     if modes and (modes < 0 or any(type(_function_mode(i)).__module__ != _DEVICE_CONTEXT for i in range(modes))):
         return True
-    return not _HAS_VERSIONS or _tracing_state() is not None
+    return _tracing_state() is not None
 
 
 def is_dispatched() -> bool:
     """Whether something watches torch's operators: it is to see the kernels as one of them."""
     return _dispatch_modes() > 0
+
+
+# The above, and autocast, as functions that answer with something true where it is at work.
+WATCHERS: tuple[Callable[[], object], ...] = (
+    transforms_active,
+    dual_level_active,
+    _function_modes,
+    _dispatch_modes,
+    _tracing_state,
+    partial(torch.is_autocast_enabled, "cpu"),
+)
 
 
 def has_hooks() -> bool:
@@ -116,9 +129,9 @@ def is_transformed(upstream: Tensor | None) -> bool:
     return under_transforms() or _is_legacy_batched(upstream) or _is_wrapped(upstream)
 
 
-def apply(function: Any, *args: Any) -> Any:
+def apply_of(function: Any) -> Callable[..., Any]:
     """`function.apply`, less what that does for torch.func, whose calls do not come here: 2 us of a small call."""
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]
 
 
 def save_alias(node: Any, i: int, logits: Tensor) -> None:

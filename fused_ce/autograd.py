@@ -26,7 +26,7 @@ Composite = Callable[[Call], tuple[Tensor, Stats | None]]  # the loss, different
 
 def with_gradient(call: Call, backend: Backend, composite: Composite) -> tuple[Tensor, Stats | None]:
     """The loss, part of autograd's graph, and the statistics if asked for."""
-    outputs = _torch.apply(CrossEntropy, *call, backend, composite)
+    outputs = _apply(*call, backend, composite)
     loss = outputs[0] if call.options.return_stats else outputs
     if not call.input.is_leaf:
         # Saved themselves, with a hook that knows the loss, the logits would never be collected.
@@ -93,38 +93,42 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
         read = _torch.saved(ctx)
-        target, weight = _torch.with_memory(read(_TARGET)), _torch.with_memory(read(_WEIGHT))
-        grad, saved = _torch.with_memory(read(_GRAD)), _torch.with_memory(read(_SAVED))
+        target, grad = _torch.with_memory(read(_TARGET)), _torch.with_memory(read(_GRAD))
         if ctx.overwrote:
             _check_unchanged(ctx, grad)
         # create_graph=True, or a transform of this backward: only differentiable operators will do.
         if torch.is_grad_enabled() or _torch.is_transformed(grad_output) or _torch.is_transformed(g_lse):
-            call = Call(_logits(ctx, read), target, weight, ctx.options)
+            call = Call(_logits(ctx, read), target, _torch.with_memory(read(_WEIGHT)), ctx.options)
             return *differentiable(call, ctx.composite, ctx.needs_input_grad, grad_output, g_lse), *_NO_GRADIENTS
         options, backend, keep = ctx.options, ctx.backend, _torch.keeps_graph()
         if not keep:
             ctx.waits = None
         g_loss = target.new_zeros((), dtype=torch.float32) if grad_output is None else grad_output
-        upstream = Upstream(_torch.with_memory(g_loss), _torch.with_memory(g_lse))
+        g_loss = _torch.with_memory(g_loss)
         dx, dt = None, None
         if g_lse is not None:
             grad = None  # it was made for an lse without an upstream gradient
         if grad is not None:
-            dx = backend.rescale(grad, target, options, upstream.loss, keep, exactly=not options.inplace)
+            dx = backend.rescale(grad, target, options, g_loss, keep, exactly=not options.inplace)
         if dx is None:
+            weight, saved = _torch.with_memory(read(_WEIGHT)), _torch.with_memory(read(_SAVED))
+            upstream = Upstream(g_loss, _torch.with_memory(g_lse))
             # Read as late as here, because torch lets them be changed in place after forward.
             try:
                 call = Call(_logits(ctx, read), target, weight, options)
             except RuntimeError:
                 if grad is None:
                     raise
-                dx = backend.rescale(grad, target, options, upstream.loss, keep, exactly=False)
+                dx = backend.rescale(grad, target, options, g_loss, keep, exactly=False)
             else:
                 dx, dt = backend.backward(call, grad, saved, upstream, keep, ctx.needs_input_grad[1])
                 if options.inplace:
                     torch.autograd.graph.increment_version(call.input)
         # In place it is, or shares the memory of, the logits with their graph.
         return dx.detach() if options.inplace else dx, dt, *_NO_GRADIENTS
+
+
+_apply = _torch.apply_of(CrossEntropy)
 
 
 def _logits(ctx: Any, read: Callable[[int], Any]) -> Tensor:  # (N, C, d1..dk)

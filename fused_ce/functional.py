@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _torch, gate, ops
 from .autograd import with_gradient
-from .contract import Call, Stats
+from .contract import Backend, Call, Stats
 from .options import Options, check_keywords
 
 
@@ -175,9 +175,11 @@ def cross_entropy(
         inplace,
         return_stats,
     )
-    if dtype is not None or grad_scale is not None or not options.is_plain:
-        options = check_keywords(options, getattr(input, "dtype", torch.float32))
     call = Call(input, target, weight, options)
+    if backend is None and (chosen := gate.at_a_glance(call)):
+        return _by_kernels(call, chosen)[0]
+    if dtype is not None or grad_scale is not None or not options.is_plain:
+        call = call._replace(options=check_keywords(options, getattr(input, "dtype", torch.float32)))
     loss, stats = _run(call, backend)
     return _output(loss, stats, call) if return_stats else loss
 
@@ -188,15 +190,22 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, Stats | None]:
         loss, stats = gate.composite(call)
         gate.tell(call, backend)
         return loss, stats
-    wants_grad = torch.is_grad_enabled() and (call.input.requires_grad or call.target.requires_grad)
     if torch.compiler.is_compiling() or _torch.is_dispatched():
-        return ops.traced(call, backend, wants_grad)
-    if not wants_grad:
+        return ops.traced(call, backend, _wants_grad(call))
+    return _by_kernels(call, chosen)
+
+
+def _by_kernels(call: Call, chosen: Backend) -> tuple[Tensor, Stats | None]:
+    if not _wants_grad(call):
         result = chosen.forward(call, "loss")
         return result.loss, result.stats
     if call.options.inplace:
         gate.check_inplace(call)
     return with_gradient(call, chosen, gate.again)
+
+
+def _wants_grad(call: Call) -> bool:
+    return torch.is_grad_enabled() and (call.input.requires_grad or call.target.requires_grad)
 
 
 def _output(loss: Tensor, stats: Stats | None, call: Call) -> CrossEntropyOutput:

@@ -25,6 +25,12 @@ _INDICES = (torch.int64, torch.uint8)
 _torch_cross_entropy = F.cross_entropy
 
 
+def at_a_glance(call: Call) -> Backend | None:
+    """The backend of a call as most are, about which nothing else need be asked; None: `judge` it."""
+    # torch.compile, which could not look into C, reads no further than this constant.
+    return None if torch.compiler.is_compiling() else dispatch.at_a_glance(call)
+
+
 def judge(call: Call, name: str | None) -> tuple[Call, Backend | None]:
     """The call as a backend is to see it, and the backend (None: `composite`).
 

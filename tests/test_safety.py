@@ -171,44 +171,68 @@ cross_entropy(logits, y); print(held() - before)
     assert int(held) < 24  # MB; 192 bytes a class and thread would be 400
 
 
-WRONG: dict[str, Callable[[list[Any]], Any]] = {
-    "nothing given": lambda a: a.__setitem__(0, ()),
-    "no tuple": lambda a: a[0].__setitem__(0, ()),
-    "dtype 9": lambda a: a[0][0].__setitem__(1, 9),
-    "integer logits": lambda a: a[0][0].__setitem__(1, 4),
-    "address 0": lambda a: a[0][0].__setitem__(0, 0),
-    "negative size": lambda a: a[0][0].__setitem__(2, (-3, 5)),
-    "fewer target dimensions": lambda a: a[0].__setitem__(1, [a[0][1][0], 4, (), ()]),
-    "more target dimensions": lambda a: a[0].__setitem__(1, [a[0][1][0], 4, (3, 1), (1, 1)]),
-    "other sizes": lambda a: a[0][1].__setitem__(2, (4,)),
-    "sizes of other lengths": lambda a: a[0][0].__setitem__(3, (5, 1, 1)),
-    "no strides": lambda a: a[0][0].__setitem__(3, 7),
-    "no threads": lambda a: a.__setitem__(8, 0),
-    "threads below 0": lambda a: a.__setitem__(8, -1),
-    "few options": lambda a: a.__setitem__(1, (1, 2.0)),
-    "reduction 7": lambda a: a[1].__setitem__(5, "7"),
-    "loss at 0": lambda a: a.__setitem__(4, (0, 0)),
-    "integer loss": lambda a: a[4].__setitem__(1, 4),
-    "gradient of another dtype": lambda a: a.__setitem__(5, [a[0][0][0], 2, (3, 5), (5, 1)]),
+# Arguments of _C.forward: input, target, weight, options, num_items, scale, loss, grad, saved, stats, threads.
+WRONG: dict[str, tuple[int, Any]] = {
+    "no tensor": (0, 7),
+    "no target": (1, None),
+    "integer logits": (0, torch.zeros(3, 5, dtype=torch.int64)),
+    "complex logits": (0, torch.zeros(3, 5, dtype=torch.complex64)),
+    "sparse logits": (0, torch.zeros(3, 5).to_sparse()),
+    "logits on meta": (0, torch.zeros(3, 5, device="meta")),
+    "0-d logits": (0, torch.zeros(())),
+    "9-d logits": (0, torch.zeros((3, 5) + (1,) * 7)),
+    "no classes": (0, torch.zeros(3, 0)),
+    "fewer target dimensions": (1, torch.tensor(1)),
+    "more target dimensions": (1, torch.zeros(3, 1, dtype=torch.int64)),
+    "other sizes": (1, torch.zeros(4, dtype=torch.int64)),
+    "other classes": (1, torch.zeros(3, 4)),
+    "0-d probabilities": (1, torch.zeros(())),
+    "int32 target": (1, torch.zeros(3, dtype=torch.int32)),
+    "weight of another size": (2, torch.zeros(4)),
+    "weight of another dtype": (2, torch.zeros(5, dtype=torch.float64)),
+    "weight apart": (2, torch.zeros(10)[::2]),
+    "few options": (3, (1, 2.0)),
+    "no options": (3, None),
+    "reduction 7": (3, Options(reduction="7")),
+    "num_items of text": (4, "7"),
+    "integer loss": (6, torch.zeros((), dtype=torch.int64)),
+    "no loss": (6, None),
+    "loss of rows": (6, torch.zeros(3)),
+    "gradient of another dtype": (7, torch.zeros(3, 5, dtype=torch.float64)),
+    "gradient of another shape": (7, torch.zeros(5, 3)),
+    "few saved rows": (8, torch.zeros(2, 3, dtype=torch.float64)),
+    "float32 statistics": (9, torch.zeros(3, 4)),
+    "no threads": (10, 0),
+    "threads below 0": (10, -1),
+    "threads of text": (10, "2"),
 }
-
-
-def as_tuples(value: Any) -> Any:
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("name", ["right", *WRONG])
 def test_the_private_module_checks_what_it_is_given(name: str) -> None:
     input, target, loss = x(3, 5, dtype=f32), y(3), torch.zeros((), dtype=f32)
-    given = [[input.data_ptr(), 0, (3, 5), (5, 1)], [target.data_ptr(), 4, (3,), (1,)], 0]
-    arguments = [given, list(Options()), float("-inf"), 1.0, [loss.data_ptr(), 0], None, 0, 0, 1]
+    arguments = [input, target, None, Options(), float("-inf"), 1.0, loss, None, None, None, 1]
     if name == "right":
-        cpu._C.forward(*as_tuples(arguments))
+        cpu._C.forward(*arguments)
         torch.testing.assert_close(loss, F.cross_entropy(input, target))
         return
-    WRONG[name](arguments)
-    with pytest.raises((ValueError, TypeError)):
-        cpu._C.forward(*as_tuples(arguments))
+    i, wrong = WRONG[name]
+    arguments[i] = wrong
+    with pytest.raises((ValueError, TypeError, RuntimeError, BufferError)):
+        cpu._C.forward(*arguments)
+    with pytest.raises(TypeError):
+        cpu._C.forward(*arguments[:-1])
+
+
+@pytest.mark.parametrize(("i", "wrong"), [(5, torch.ones(2)), (7, torch.ones(6)[::2]), (8, None), (10, None)])
+def test_the_private_module_checks_what_backward_is_given(i: int, wrong: Any) -> None:
+    input, target = x(3, 5, dtype=f32), y(3)
+    saved, grad = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, 5, dtype=f32)
+    arguments = [input, target, None, Options(), float("-inf"), None, 1.0, None, grad, None, saved, 1]
+    cpu._C.backward(*arguments)
+    arguments[i] = wrong
+    with pytest.raises(ValueError, match="expected"):
+        cpu._C.backward(*arguments)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

@@ -1,4 +1,4 @@
-"""The "cpu" backend: hands tensors to the C++ kernels as pointers, sizes and strides."""
+"""The "cpu" backend: makes the tensors of a result and hands all of them to the C++ kernels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 # After torch, so that the kernels join torch's own OpenMP pool, which torch.set_num_threads governs.
-from .. import operators
-from .._torch import in_any_process
+from .. import _torch, operators
 from ..contract import Call, Forward, Gradients, Schedule, Stats, Upstream
-from ..options import Options
+from ..options import FLOATS, Options
 from . import pool
 
 _C: Any
@@ -23,12 +22,12 @@ except ImportError as error:
     _C = None
     _missing = f"the C++ kernels cannot be loaded ({error}); pip install . builds them"
 
-if _C is not None and (_forced := os.environ.get("FUSED_CE_ISA")):
-    _C.set_isa(_forced)  # a wrong name is an error, not a slower run
+if _C is not None:
+    _C.meet(Tensor, torch.nn.Parameter)
+    if _forced := os.environ.get("FUSED_CE_ISA"):
+        _C.set_isa(_forced)  # a wrong name is an error, not a slower run
 
-_DTYPES = pool.DTYPES
-_LOGITS = [dtype for dtype in _DTYPES if dtype.is_floating_point]
-_ONE = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in _LOGITS}
+_ONE = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in FLOATS}
 _MAX_DIMS = 8
 
 
@@ -41,7 +40,7 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(_missing)
     if not (input.is_cpu and target.is_cpu and (weight is None or weight.is_cpu)):
         reasons.append(f"the tensors are on {input.device}, not all on the cpu")
-    if dtype not in _LOGITS:
+    if dtype not in FLOATS:
         reasons.append(f"the input is {dtype}, not float32, float64, bfloat16 or float16")
     elif loss_dtype is None or loss_dtype is dtype:
         pass
@@ -49,13 +48,18 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"the loss was asked for in {loss_dtype} from {dtype} logits")
     elif loss_dtype.itemsize < dtype.itemsize:
         reasons.append(f"rounding {dtype} logits to {loss_dtype} first takes a copy")
-    if kind not in _DTYPES:
+    if kind not in pool.DTYPES:
         reasons.append(f"the target is {kind}, not class indices (int64, uint8) or probabilities")
     if not 1 <= dims <= _MAX_DIMS:
         reasons.append(f"the input has {dims} dimensions, not 1 to {_MAX_DIMS}")
     elif input.shape[0 if dims == 1 else 1] == 0:
         reasons.append("there are no classes")
     return reasons
+
+
+def is_common(call: Call) -> bool:
+    """Whether the call is as most are: of all questions about it, one answer for a tenth of their time."""
+    return _C is not None and _C.is_common(call, _torch.WATCHERS)
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
@@ -70,32 +74,33 @@ def forward(call: Call, schedule: Schedule) -> Forward:
 
 def _forward(call: Call, schedule: Schedule, into: Tensor | None) -> Forward:
     """`into`: the memory that a fused gradient is written to."""
-    input, _, weight, options = call
+    input, target, weight, options = call
     fused = schedule == "fused"
-    saves = schedule == "recompute" or (fused and options.return_stats)
     dtype = options.dtype or input.dtype
     one = _ONE[dtype]  # a like of something costs half as much as a tensor of a shape
     loss = torch.empty_like(one) if options.reduction != "none" else one.new_empty(call.row_shape)
     if fused and into is None:
         into = pool.empty_like(input)
     grad = into if fused else None
-    saved = torch.empty(saved_shape(call), dtype=torch.float64, device="cpu") if saves else None
-    table = None
+    saved, table = None, None
+    if schedule == "recompute" or (fused and options.return_stats):
+        saved = torch.empty(saved_shape(call), dtype=torch.float64, device="cpu")
     if options.return_stats:
         table = torch.empty((math.prod(call.row_shape), _C.stats_size), dtype=torch.float64, device="cpu")
-    weight = _in_acc(weight, call)
     _C.forward(
-        _given(call, weight),
+        input,
+        target,
+        _in_acc(weight, call),
         options,
         _num_items(options),
         _expected(options, dtype),
-        (loss.data_ptr(), _DTYPES[dtype]),
-        None if grad is None else _view(grad),
-        _pointer(saved),
-        _pointer(table),
+        loss,
+        grad,
+        saved,
+        table,
         torch.get_num_threads(),
     )
-    return Forward(loss, grad, saved, None if table is None else in_any_process(lambda: _stats(table, call)))
+    return Forward(loss, grad, saved, None if table is None else _torch.in_any_process(lambda: _stats(table, call)))
 
 
 def backward(
@@ -103,8 +108,9 @@ def backward(
 ) -> Gradients:
     """See `contract.Backend`."""
     input, target, weight, options = call
-    one_for_all = upstream.loss.dim() == 0
-    scale = upstream.loss.item() if one_for_all else 1.0
+    # One for all rows: of a reduced loss, or expanded from a number, as that of a sum over the losses is.
+    one_for_all = not any(upstream.loss.stride()) and upstream.loss.numel() > 0
+    scale = upstream.loss.reshape(-1)[0].item() if one_for_all else 1.0
     if grad is not None:
         # Once more, for what has come: the first was right only for what was expected.
         options = options._replace(grad_scale=scale, return_stats=False)
@@ -113,17 +119,18 @@ def backward(
         return Gradients(again)
     dx = input if options.inplace else pool.empty_like(input)
     dt = pool.empty_like(target) if wants_target else None
-    weight = _in_acc(weight, call)
-    of_rows = None if one_for_all else _in_acc(upstream.loss, call)
-    of_lse = _in_acc(upstream.lse, call)
     _C.backward(
-        _given(call, weight),
+        input,
+        target,
+        _in_acc(weight, call),
         options,
         _num_items(options),
-        (_pointer(of_rows), scale, _pointer(of_lse)),
-        _view(dx),
-        None if dt is None else _view(dt),
-        _pointer(saved),
+        None if one_for_all else _in_acc(upstream.loss, call),
+        scale,
+        _in_acc(upstream.lse, call),
+        dx,
+        dt,
+        saved,
         torch.get_num_threads(),
     )
     return Gradients(dx, dt)
@@ -135,11 +142,11 @@ def rescale(
     """See `contract.Backend`; `exactly`: 16 bits would be rounded twice, and what is too small for 32 or 64 already."""
     given, expected = upstream.item(), _expected(options, upstream.dtype)
     if given == expected:
-        return in_any_process(grad.clone) if keep else grad
+        return _torch.in_any_process(grad.clone) if keep else grad
     ratio = given / expected if expected != 0 and math.isfinite(expected) else math.nan
     if exactly and (grad.itemsize == 2 or not torch.finfo(grad.dtype).tiny <= abs(ratio) <= 8):
         return None
-    return in_any_process(lambda: _multiplied(grad, ratio, target, options, keep))
+    return _torch.in_any_process(lambda: _multiplied(grad, ratio, target, options, keep))
 
 
 def _multiplied(grad: Tensor, ratio: float, target: Tensor, options: Options, keep: bool) -> Tensor:
@@ -168,24 +175,12 @@ def _stats(table: Tensor, call: Call) -> Stats:  # (rows, 4) float64
     return Stats(lse, z_loss, table[:, 3].view(torch.int64).clone().reshape(shape), entropy)
 
 
-def _given(call: Call, weight: Tensor | None) -> tuple[Any, Any, int]:
-    return _view(call.input), _view(call.target), _pointer(weight)
-
-
 def _num_items(options: Options) -> float:
     """Minus infinity: not given."""
     return -math.inf if options.num_items is None else float(options.num_items)
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _view(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride()
-
-
 def _in_acc(tensor: Tensor | None, call: Call) -> Tensor | None:
     if tensor is None or (tensor.dtype is call.acc and tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
-    return in_any_process(lambda: tensor.detach().to(call.acc).contiguous().resolve_neg())
+    return _torch.in_any_process(lambda: tensor.detach().to(call.acc).contiguous().resolve_neg())

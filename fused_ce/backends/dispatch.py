@@ -23,6 +23,11 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None (choose for me), got {name!r}")
 
 
+def at_a_glance(call: Call) -> Backend | None:
+    """The backend of a call as most are, which is sure without a closer look; None for all others."""
+    return cpu if FORCED is None and cpu.is_common(call) else None
+
+
 def choose(call: Call, name: str | None) -> Backend | None:
     """The backend for this call, or None where only a torch composite will do.
 

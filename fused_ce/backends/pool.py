@@ -60,6 +60,8 @@ def empty_like(tensor: Tensor) -> Tensor:
             result = from_dlpack(lent)
             make_resizable(result)
             return result
+    if tensor.is_contiguous():
+        return torch.empty_like(tensor)  # naming a format takes as long as the memory
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 

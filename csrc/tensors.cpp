@@ -1,0 +1,148 @@
+// Knows the names of torch's attributes, and of a call only what every drop-in has to ask.
+#include "tensors.h"
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace fused_ce::tensors {
+namespace {
+
+// DLPack's table, version 1.x, as far as it is used.
+struct ExchangeApi {
+  struct { uint32_t major, minor; } version;
+  ExchangeApi* before;
+  void *allocate, *lend, *take;
+  int (*read)(void* tensor, dlpack::Tensor* out);  // not 0: a Python error is set
+};
+
+const ExchangeApi* api;
+PyTypeObject* plain[2];  // kept for good, like the module
+PyObject *is_neg, *requires_grad;
+
+// Of a storage that was freed, a tensor's address is what its offset alone makes it. Where it is no address that an
+// allocator would give either, Python looks closer.
+constexpr uintptr_t LEAST_ADDRESS = uintptr_t(1) << 40;
+
+bool is_true(PyObject* answer) {
+  if (!answer) throw py::error_already_set();
+  const int truth = PyObject_IsTrue(answer);
+  Py_DECREF(answer);
+  if (truth < 0) throw py::error_already_set();
+  return truth;
+}
+
+bool is_text(PyObject* value, const char* text) {
+  return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
+}
+
+// A tensor whose elements the kernels can read where they lie.
+bool is_plain(PyObject* tensor, Tensor& seen) {
+  if (Py_TYPE(tensor) != plain[0] && Py_TYPE(tensor) != plain[1]) return false;
+  if (api->read(tensor, &seen)) {
+    PyErr_Clear();
+    return false;
+  }
+  if (seen.device.type != dlpack::CPU.type || seen.dims > MAX_DIMS || !dlpack::find(seen.dtype, seen.ours))
+    return false;
+  if (uintptr_t(seen.data) < LEAST_ADDRESS) return false;
+  const bool is_float = seen.ours < DType::int64;
+  return !is_float || !is_true(PyObject_CallMethodNoArgs(tensor, is_neg));
+}
+
+// torch's own options as numbers and names of the types that it documents, all others as they are by default.
+bool are_common(PyObject* options, int64_t& ignore_index, double& smoothing) {
+  const auto field = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(options, i); };
+  if (!PyTuple_Check(options) || PyTuple_GET_SIZE(options) != 11) return false;
+  if (!PyLong_CheckExact(field(0)) || !PyFloat_CheckExact(field(1)) || !PyFloat_CheckExact(field(2))) return false;
+  if (!PyFloat_CheckExact(field(4))) return false;
+  int overflow;
+  ignore_index = PyLong_AsLongLongAndOverflow(field(0), &overflow);
+  smoothing = PyFloat_AS_DOUBLE(field(1));
+  if (overflow || smoothing > 1 || PyFloat_AS_DOUBLE(field(2)) != 1 || PyFloat_AS_DOUBLE(field(4)) != 0) return false;
+  if (!is_text(field(5), "mean") && !is_text(field(5), "sum") && !is_text(field(5), "none")) return false;
+  for (const int i : {3, 6, 7, 8})  // softcap, dtype, num_items, grad_scale
+    if (field(i) != Py_None) return false;
+  return field(9) == Py_False && field(10) == Py_False;  // inplace, return_stats
+}
+
+bool same_sizes(const Tensor& rows, const Tensor& input) {
+  if (rows.dims != input.dims - 1) return false;
+  for (int d = 0; d < rows.dims; d++)
+    if (rows.sizes[d] != input.sizes[d ? d + 1 : 0]) return false;
+  return true;
+}
+
+}  // namespace
+
+void meet(const py::type& tensor, const py::type& parameter) {
+  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* offered = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!offered) throw py::error_already_set();
+  if (offered->version.major != 1)
+    throw py::import_error("expected version 1 of DLPack from torch, got " + std::to_string(offered->version.major));
+  api = offered;
+  plain[0] = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
+  plain[1] = reinterpret_cast<PyTypeObject*>(py::object(parameter).release().ptr());
+  is_neg = PyUnicode_InternFromString("is_neg");
+  requires_grad = PyUnicode_InternFromString("requires_grad");
+}
+
+Tensor read(PyObject* tensor, DType last) {
+  if (!api || !PyObject_TypeCheck(tensor, plain[0]))
+    throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(tensor)->tp_name);
+  Tensor seen{};
+  if (api->read(tensor, &seen)) throw py::error_already_set();
+  if (seen.device.type != dlpack::CPU.type) throw py::value_error("expected a tensor on the cpu");
+  if (seen.dims > MAX_DIMS)
+    throw py::value_error("expected at most " + std::to_string(MAX_DIMS) + " dimensions, got " +
+                          std::to_string(seen.dims));
+  if (!dlpack::find(seen.dtype, seen.ours) || seen.ours > last)
+    throw py::value_error("expected a tensor of another dtype; see _C.pyi");
+  return seen;
+}
+
+void* elements(PyObject* tensor, int64_t count, DType dtype) {
+  if (tensor == Py_None) return nullptr;
+  const Tensor seen = read(tensor, DType::uint8);
+  int64_t found = 1;
+  bool contiguous = true;
+  for (int d = seen.dims - 1; d >= 0; d--) {
+    contiguous &= seen.sizes[d] == 1 || seen.strides[d] == found;
+    found *= seen.sizes[d];
+  }
+  if (found != count || seen.ours != dtype || (found && !(contiguous && seen.data)))
+    throw py::value_error("expected " + std::to_string(count) + " contiguous elements of the dtype in _C.pyi");
+  return seen.data;
+}
+
+bool is_common(const py::tuple& call, const py::tuple& watchers) {
+  if (!api || PyTuple_GET_SIZE(call.ptr()) != 4) return false;
+  PyObject* const* const items = &PyTuple_GET_ITEM(call.ptr(), 0);
+  int64_t ignore_index;
+  double smoothing;
+  if (!are_common(items[3], ignore_index, smoothing)) return false;
+  // Of their attributes, a tensor subclass or a tensor under a transform may make something else.
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers.ptr()); i++)
+    if (is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers.ptr(), i)))) return false;
+
+  Tensor input, target, weight;
+  if (!is_plain(items[0], input) || !is_plain(items[1], target)) return false;
+  if (input.ours >= DType::int64 || input.dims < 1) return false;
+  const int64_t C = input.sizes[input.dims > 1 ? 1 : 0];
+  for (int d = 0; d < input.dims; d++)
+    if (input.sizes[d] == 0) return false;
+  if (target.ours < DType::int64) {
+    if (target.ours != input.ours || target.dims != input.dims || ignore_index >= 0) return false;
+    for (int d = 0; d < input.dims; d++)
+      if (target.sizes[d] != input.sizes[d]) return false;
+  } else if (!same_sizes(target, input) || (target.ours == DType::uint8 && input.dims > 2)) {
+    return false;
+  }
+  if (items[2] == Py_None) return true;
+  // torch does not take weights with both uint8 targets and smoothing, and makes a gradient for those that want one.
+  return is_plain(items[2], weight) && weight.ours == input.ours && weight.dims == 1 && weight.sizes[0] == C &&
+         !(target.ours == DType::uint8 && smoothing > 0) && !is_true(PyObject_GetAttr(items[2], requires_grad));
+}
+
+}  // namespace fused_ce::tensors

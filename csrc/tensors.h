@@ -1,0 +1,28 @@
+// torch's tensors as C sees them, through the table of functions that torch offers to C (DLPack's exchange API): a
+// tenth of the time that the same takes through a tensor's attributes in Python.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include "dlpack.h"
+
+namespace fused_ce::tensors {
+
+// Before anything else here: the type of torch's tensors, whose attribute the table is, and that of parameters.
+void meet(const pybind11::type& tensor, const pybind11::type& parameter);
+
+struct Tensor : dlpack::Tensor { DType ours; };
+
+// What a tensor on the CPU says of itself, for as long as it lives. Throws torch's own error where it has no strides or
+// address, and one of ours where it is elsewhere or of a dtype after `last`.
+Tensor read(PyObject* tensor, DType last);
+
+// The address of a contiguous tensor of `count` elements; null for None.
+void* elements(PyObject* tensor, int64_t count, DType dtype);
+
+// Whether a call (contract.Call) is as most are, so that nothing else need be asked about it: torch's plain tensors on
+// the CPU, of dtypes and shapes that fit, with memory; options that torch's cross entropy knows, as torch takes them;
+// and none of `watchers`, functions without arguments, says that something is at work. Where false, it may still be the
+// kernels' call.
+bool is_common(const pybind11::tuple& call, const pybind11::tuple& watchers);
+
+}  // namespace fused_ce::tensors
