@@ -183,7 +183,12 @@ PyObject* backward_py(Arguments given) {
   return run(call, given[11], [&](int threads) { return backward(call, reduction, num_items, threads); });
 }
 
+// call, watchers, watchers of 16 bits
+PyObject* is_common_py(Arguments given) { return PyBool_FromLong(tensors::is_common(given[0], given[1], given[2])); }
+
 PyMethodDef FAST[] = {
+    {"is_common", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<is_common_py, 3>)), METH_FASTCALL,
+     ""},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<forward_py, 11>)), METH_FASTCALL, ""},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<backward_py, 12>)), METH_FASTCALL,
      ""},
@@ -250,7 +255,6 @@ void set_isa_py(const std::string& name) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   if (PyModule_AddFunctions(m.ptr(), FAST)) throw py::error_already_set();
   m.def("meet", tensors::meet);
-  m.def("is_common", tensors::is_common);
   m.def("combine", combine_py);
   m.def("empty", empty_py);
   m.def("keep_at_most", memory::keep_at_most);

@@ -32,6 +32,13 @@ bool is_true(PyObject* answer) {
   return truth;
 }
 
+bool any_is_at_work(PyObject* watchers) {
+  if (!PyTuple_Check(watchers)) throw py::type_error("expected a tuple of functions");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers); i++)
+    if (is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers, i)))) return true;
+  return false;
+}
+
 bool is_text(PyObject* value, const char* text) {
   return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
 }
@@ -116,19 +123,18 @@ void* elements(PyObject* tensor, int64_t count, DType dtype) {
   return seen.data;
 }
 
-bool is_common(const py::tuple& call, const py::tuple& watchers) {
-  if (!api || PyTuple_GET_SIZE(call.ptr()) != 4) return false;
-  PyObject* const* const items = &PyTuple_GET_ITEM(call.ptr(), 0);
+bool is_common(PyObject* call, PyObject* watchers, PyObject* of_halves) {
+  if (!api || !PyTuple_Check(call) || PyTuple_GET_SIZE(call) != 4) return false;
+  PyObject* const* const items = &PyTuple_GET_ITEM(call, 0);
   int64_t ignore_index;
   double smoothing;
   if (!are_common(items[3], ignore_index, smoothing)) return false;
-  // Of their attributes, a tensor subclass or a tensor under a transform may make something else.
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers.ptr()); i++)
-    if (is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers.ptr(), i)))) return false;
+  if (any_is_at_work(watchers)) return false;
 
   Tensor input, target, weight;
   if (!is_plain(items[0], input) || !is_plain(items[1], target)) return false;
   if (input.ours >= DType::int64 || input.dims < 1) return false;
+  if (input.dtype.bits == 16 && any_is_at_work(of_halves)) return false;
   const int64_t C = input.sizes[input.dims > 1 ? 1 : 0];
   for (int d = 0; d < input.dims; d++)
     if (input.sizes[d] == 0) return false;

@@ -21,8 +21,8 @@ void* elements(PyObject* tensor, int64_t count, DType dtype);
 
 // Whether a call (contract.Call) is as most are, so that nothing else need be asked about it: torch's plain tensors on
 // the CPU, of dtypes and shapes that fit, with memory; options that torch's cross entropy knows, as torch takes them;
-// and none of `watchers`, functions without arguments, says that something is at work. Where false, it may still be the
-// kernels' call.
-bool is_common(const pybind11::tuple& call, const pybind11::tuple& watchers);
+// and none of `watchers`, functions without arguments, says that something is at work; nor, for logits of 16 bits, of
+// `of_halves`. Where false, it may still be the kernels' call.
+bool is_common(PyObject* call, PyObject* watchers, PyObject* of_halves);
 
 }  // namespace fused_ce::tensors

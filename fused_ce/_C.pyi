@@ -38,8 +38,13 @@ def held() -> tuple[int, int]:
 def meet(tensor: type[Tensor], parameter: type[Tensor], /) -> None:
     """Once, before the functions below: the only types of tensors that `is_common` takes."""
 
-def is_common(call: Call, watchers: tuple[Callable[[], object], ...], /) -> bool:
-    """Whether the kernels take the call, no watcher answers with something true, and nothing else need be asked."""
+Watchers = tuple[Callable[[], object], ...]
+
+def is_common(call: Call, watchers: Watchers, of_halves: Watchers, /) -> bool:
+    """Whether the kernels take the call, and nothing else need be asked: no watcher answers with something true.
+
+    `of_halves` are asked for logits of 16 bits.
+    """
 
 def forward(
     input: Tensor,  # (N, C, d1..dk) or (C)

@@ -83,15 +83,15 @@ def is_dispatched() -> bool:
     return _dispatch_modes() > 0
 
 
-# The above, and autocast, as functions that answer with something true where it is at work.
+# The above as functions that answer with something true where it is at work, and what matters to 16 bits only.
 WATCHERS: tuple[Callable[[], object], ...] = (
     transforms_active,
     dual_level_active,
     _function_modes,
     _dispatch_modes,
     _tracing_state,
-    partial(torch.is_autocast_enabled, "cpu"),
 )
+WATCHERS_OF_HALVES = (partial(torch.is_autocast_enabled, "cpu"),)
 
 
 def has_hooks() -> bool:

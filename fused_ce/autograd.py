@@ -111,7 +111,7 @@ class CrossEntropy(torch.autograd.Function):
         if grad is not None:
             dx = backend.rescale(grad, target, options, g_loss, keep, exactly=not options.inplace)
         if dx is None:
-            weight, saved = _torch.with_memory(read(_WEIGHT)), _torch.with_memory(read(_SAVED))
+            weight, saved = _torch.with_memory(read(_WEIGHT)), read(_SAVED)
             upstream = Upstream(g_loss, _torch.with_memory(g_lse))
             # Read as late as here, because torch lets them be changed in place after forward.
             try:

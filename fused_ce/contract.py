@@ -27,7 +27,12 @@ class Call(NamedTuple):
 
     @property
     def row_shape(self) -> torch.Size:
-        return row_shape(self.input)
+        return row_shape(self.input) if self.has_probs else self.target.shape
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.input.numel() // self.classes if self.has_probs else self.target.numel()
 
     @property
     def classes(self) -> int:

@@ -33,7 +33,7 @@ PYTHON = [
     ("fused_ce/gate.py", "    if _torch.is_watched():", "    if False:", "tests/test_contract.py tests/test_gate.py"),
     ("fused_ce/_torch.py", "    dual_level_active,\n    _function", "    _function", "tests/test_glance.py"),
     ("fused_ce/_torch.py", "    _dispatch_modes,\n", "", "tests/test_glance.py"),
-    ("fused_ce/_torch.py", '    partial(torch.is_autocast_enabled, "cpu"),\n', "", "tests/test_glance.py"),
+    ("csrc/tensors.cpp", "input.dtype.bits == 16 &&", "false &&", "tests/test_glance.py"),
     ("fused_ce/gate.py", "call.input.is_neg() or call.target.is_neg()", "call.target.is_neg()", "tests/test_functional.py -k negative"),
     ("fused_ce/gate.py", "options.ignore_index < 0 and rank > 0", "rank > 0", "tests/test_functional.py"),
     ("fused_ce/gate.py", "torch.promote_types(own, dtype) is dtype)", "False)", "tests/test_gate.py"),

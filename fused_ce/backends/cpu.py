@@ -59,12 +59,12 @@ def unsupported(call: Call) -> list[str]:
 
 def is_common(call: Call) -> bool:
     """Whether the call is as most are: of all questions about it, one answer for a tenth of their time."""
-    return _C is not None and _C.is_common(call, _torch.WATCHERS)
+    return _C is not None and _C.is_common(call, _torch.WATCHERS, _torch.WATCHERS_OF_HALVES)
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
     """(columns, rows): m, so, q_others, and the largest logit under probabilities."""
-    return 3 + call.has_probs, math.prod(call.row_shape)
+    return 3 + call.has_probs, call.rows
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
@@ -77,16 +77,15 @@ def _forward(call: Call, schedule: Schedule, into: Tensor | None) -> Forward:
     input, target, weight, options = call
     fused = schedule == "fused"
     dtype = options.dtype or input.dtype
-    one = _ONE[dtype]  # a like of something costs half as much as a tensor of a shape
-    loss = torch.empty_like(one) if options.reduction != "none" else one.new_empty(call.row_shape)
+    loss = _empty(dtype, *(call.row_shape if options.reduction == "none" else ()))
     if fused and into is None:
         into = pool.empty_like(input)
     grad = into if fused else None
     saved, table = None, None
     if schedule == "recompute" or (fused and options.return_stats):
-        saved = torch.empty(saved_shape(call), dtype=torch.float64, device="cpu")
+        saved = _empty(torch.float64, *saved_shape(call))
     if options.return_stats:
-        table = torch.empty((math.prod(call.row_shape), _C.stats_size), dtype=torch.float64, device="cpu")
+        table = _empty(torch.float64, call.rows, _C.stats_size)
     _C.forward(
         input,
         target,
@@ -108,9 +107,9 @@ def backward(
 ) -> Gradients:
     """See `contract.Backend`."""
     input, target, weight, options = call
-    # One for all rows: of a reduced loss, or expanded from a number, as that of a sum over the losses is.
-    one_for_all = not any(upstream.loss.stride()) and upstream.loss.numel() > 0
-    scale = upstream.loss.reshape(-1)[0].item() if one_for_all else 1.0
+    # One number: of a reduced loss, or expanded, as that of a sum over the losses is.
+    one_for_all = not any(upstream.loss.stride()) and call.rows > 0
+    scale = upstream.loss.as_strided((), ()).item() if one_for_all else 1.0
     if grad is not None:
         # Once more, for what has come: the first was right only for what was expected.
         options = options._replace(grad_scale=scale, return_stats=False)
@@ -178,6 +177,11 @@ def _stats(table: Tensor, call: Call) -> Stats:  # (rows, 4) float64
 def _num_items(options: Options) -> float:
     """Minus infinity: not given."""
     return -math.inf if options.num_items is None else float(options.num_items)
+
+
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    one = _ONE[dtype]  # which costs half as much as to name dtype and device
+    return one.new_empty(*shape) if shape else torch.empty_like(one)
 
 
 def _in_acc(tensor: Tensor | None, call: Call) -> Tensor | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import Call, Forward, Gradients, RowSums, Schedule, Stats, Upstream
+from ...contract import Call, Forward, Gradients, RowSums, Schedule, Stats, Upstream, row_shape
 from ...options import FLOATS, Options
 from .. import reference
 from . import self_check
@@ -55,7 +55,7 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"rounding {input.dtype} logits to {options.dtype} first takes a copy")
     if target.dtype not in (torch.int64, torch.uint8, *FLOATS):
         reasons.append(f"target must hold class indices, int64 or uint8, or probabilities, got {target.dtype}")
-    if input.dim() == 0 or target.shape != (input.shape if call.has_probs else call.row_shape):
+    if input.dim() == 0 or target.shape != (input.shape if call.has_probs else row_shape(input)):
         reasons.append(f"input must be (N, C, d1..dk) or (C), got {tuple(input.shape)}, target {tuple(target.shape)}")
     elif call.classes == 0:
         reasons.append("input has no classes")
