@@ -5,18 +5,12 @@
 // The upstream gradient of each row, and the headroom (math.inl.h) that exp(z - m) has for it.
 template <class F> struct Scales {
   TYPES(F);
-  V scale, lowest, t_0, unit;  // lowest, t_0: see exp_above; exp(z - m) is kept in units of `unit`
+  V scale, powers;
 
-  INLINE Scales(V scale, V headroom)
-      : scale(scale),
-        lowest(Constants<A>::lowest - headroom * A(0.69314718055994530942)),
-        t_0(Constants<A>::round - headroom),
-        unit(multiply_power(V{}, t_0, splat(Constants<A>::round))) {}
-
-  INLINE explicit Scales(const Call& call) : Scales(splat(A(call.scale)), splat(A(headroom(call.scale)))) {}
+  static INLINE Scales of_call(const Call& call) { return {splat(A(call.scale)), splat(A(headroom(call.scale)))}; }
   static INLINE Scales of_rows(const Call& call, int64_t first, int n) {
     const V scale = A(call.scale) * load_first(static_cast<const A*>(call.upstream) + first, n);
-    return Scales(scale, headroom_of<A>(scale));
+    return {scale, headroom_of<A>(scale)};
   }
 };
 
@@ -26,59 +20,62 @@ template <class F> struct Scales {
 template <class F, bool MANY> struct RowGroup {
   TYPES(F);
   typedef decltype(I{}[0] + 0) Index;
-  static constexpr bool TWO_PARTS = F::CHANGED && sizeof(A) == 4;  // of m
-  const Call& call;
-  const Options o;
-  const int64_t room;  // classes that there is room for
-  V* const z;          // transformed logits of the chunk; once kept, exp(z - m)
-  V* const dz_dx;      // under a softcap
-  V* const q;          // spread part of q, if DENSE
-  V* const low;        // what z was rounded by, if it is not the logits
-  const Scales<F> scales;
+  const Call* of;
   Part part;  // the chunk
-  Pair<V> m = {splat(-A(__builtin_inff())), V{}};
-  RowSums<V> sums;    // their m and z_y are counted from m
-  V lost[4];          // of so, q_others, q_drop, e_drop
-  Pair<V> best = {};  // the largest z so far
-  I largest = {};     // and its class
+  V* z;       // transformed logits of the chunk; once kept, their exponentials
+  Scales<F> scales;
+  Pair<V> m, z_y;
+  RowSums<V> sums;  // of MANY, chunk by chunk
+  V lost[4];        // of so, q_others, q_drop, e_drop
+  I largest;        // the class, for statistics
+  I finds_y;        // all bits set where the class to leave out is still looked for, under probabilities
   Labels<F> labels;
+  ShiftedLanes<A> shifted;
+  V p_scale, scale, dz_y, lse_m;  // what the gradients need of RowTerms and GradFactors
 
-  INLINE RowGroup(const Call& call, int64_t first, int n, void* scratch, const Scales<F>& scales)
-      : call(call),
-        o(call.options),
-        room(call.C < MOST_KEPT ? call.C : MOST_KEPT),
-        z(static_cast<V*>(scratch)),
-        dz_dx(z + room),
-        q(dz_dx + room),
-        low(q + room),
-        scales(scales) {
+  static INLINE int64_t room(const Call& call) { return call.C < MOST_KEPT ? call.C : MOST_KEPT; }
+  INLINE V* dz_dx() const { return z + room(*of); }    // under a softcap
+  INLINE V* q() const { return z + 2 * room(*of); }    // spread part of q, if DENSE
+  INLINE V* low() const { return z + 3 * room(*of); }  // what z was rounded by, if it is not the logits
+
+  INLINE void start(const Call& call, const Part& rows, V* scratch) {
+    of = &call, z = scratch;
+    // One by one: a wide copy right after narrow stores defeats store forwarding.
+    part.first = rows.first, part.n = rows.n;
+    part.place.at[0] = rows.place.at[0], part.place.at[1] = rows.place.at[1];
+    for (int d = 2; d < call.dims.rank; d++) part.place.at[d] = rows.place.at[d];
+    m = {splat(-A(__builtin_inff())), V{}};
     // One by one: g++ clears a whole struct by a slow string instruction.
-    sums.m = sums.so = sums.z_y = sums.q_y = sums.q_others = sums.q_drop = sums.e_drop = V{};
-    for (V& of_sum : lost) of_sum = V{};
-    part.first = first, part.n = n;
-    call.dims.find(first, part.place);
-    if (!call.probs) labels = load_labels<F>(call, part);
+    if constexpr (MANY) {
+      z_y.high = z_y.low = sums.so = sums.q_y = sums.q_others = sums.q_drop = sums.e_drop = V{};
+      for (V& of_sum : lost) of_sum = V{};
+    }
+    finds_y = I{} - Index(call.probs);
+    labels = call.probs ? Labels<F>{} : load_labels<F>(call, part);
     load(MANY ? (call.C - 1) / MOST_KEPT * MOST_KEPT : 0);
   }
 
   // Work on each chunk, the last first, so that the one that is left after the sums is the first for the gradient.
   template <class Work> INLINE void for_each_chunk(Work work) {
     if constexpr (!MANY) return work();
-    for (int64_t from = (call.C - 1) / MOST_KEPT * MOST_KEPT; from >= 0; from -= MOST_KEPT) {
+    for (int64_t from = (of->C - 1) / MOST_KEPT * MOST_KEPT; from >= 0; from -= MOST_KEPT) {
       if (from != part.begin) load(from);
       work();
     }
   }
 
-  INLINE int64_t start() const { return MANY ? part.begin : 0; }
-  INLINE int64_t count() const { return MANY ? part.end - part.begin : call.C; }
+  INLINE int64_t start_of_chunk() const { return MANY ? part.begin : 0; }
+  INLINE int64_t count() const { return MANY ? part.end - part.begin : of->C; }
 
   INLINE void load(int64_t from) {
+    const Call& call = *of;
+    const Options o = call.options;
     part.begin = from, part.end = from + MOST_KEPT < call.C ? from + MOST_KEPT : call.C;
     Pair<V> m = this->m;
+    V *const z = this->z, *const dz_dx = this->dz_dx(), *const low = this->low();
     const bool capped = F::CHANGED && o.softcap > 0 && call.grad.data;
     // q comes later.
-    StridedRows<F>(call, call.input, part).read(reinterpret_cast<T*>(q), [&](int64_t c, V x_c) LAMBDA {
+    StridedRows<F>(call, call.input, part).read(reinterpret_cast<T*>(q()), [&](int64_t c, V x_c) LAMBDA {
       const Pair<V> z_c = transform<F>(x_c, o);
       z[c] = z_c.high;
       if constexpr (F::CHANGED) {
@@ -89,20 +86,15 @@ template <class F, bool MANY> struct RowGroup {
       if (capped) dz_dx[c] = transform_grad<F>(x_c, o);
     });
     this->m = m;
-    if constexpr (F::DENSE) load_q<F>(q, call, part);
+    if constexpr (F::DENSE) load_q<F>(q(), call, part);
   }
 
   static INLINE auto exceeds(const Pair<V>& a, const Pair<V>& b) {
     return (a.high > b.high) | ((a.high == b.high) & (a.low > b.low));
   }
-  INLINE Pair<V> z_of(int64_t i) const { return {z[i], F::CHANGED ? low[i] : V{}}; }
-  INLINE V exp_of_z(int64_t i, const Pair<V>& m) const {
-    if constexpr (F::CHANGED) return exp_minus<A>(z_of(i), m, scales.lowest, scales.t_0);
-    else return exp_minus<A>(z[i], m.high, scales.lowest, scales.t_0);
-  }
-
+  INLINE Pair<V> z_of(int64_t i) const { return {z[i], F::CHANGED ? low()[i] : V{}}; }
   // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
-  void find_largest() {
+  INLINE void find_largest(Pair<V>& best) {
     I at = {};
     Pair<V> most = z_of(0);
     for (int64_t i = 1; i < count(); i++) {
@@ -112,154 +104,172 @@ template <class F, bool MANY> struct RowGroup {
       most.low = larger ? z_c.low : most.low;
       at = larger ? I{} + Index(i) : at;
     }
-    const auto takes = start() + count() == call.C ? I{} - 1 : ~exceeds(best, most) | (most.high != most.high);
+    const auto takes = start_of_chunk() + count() == of->C ? I{} - 1 : ~exceeds(best, most) | (most.high != most.high);
     best.high = takes ? most.high : best.high;
     best.low = takes ? most.low : best.low;
-    largest = takes ? at + Index(start()) : largest;
+    largest = takes ? at + Index(start_of_chunk()) : largest;
   }
 
-  // Adds the chunk's classes to the sums.
-  template <bool KEEP> INLINE void add_chunk() {
-    const bool wants_stats = call.stats;
+  // Adds the chunk's classes to the sums. What is left out under probabilities is a largest class, the first there is.
+  template <bool KEEP> INLINE void add_chunk(bool wants_stats) {
+    const bool probs = F::DENSE && of->probs;
     const Pair<V> m = this->m;
-    const I y = labels.y - Index(start());
-    RowSums<V> sums = this->sums;
-    V z_y = sums.z_y;
-    V lost[4] = {this->lost[0], this->lost[1], this->lost[2], this->lost[3]};
-    for (int64_t from = 0; from < count(); from += 2 * RUN) {
-      const int64_t to = from + 2 * RUN < count() ? from + 2 * RUN : count();
+    const ShiftedLanes<A> shifted = this->shifted;
+    const int64_t count = this->count();
+    V *const z = this->z, *const q = this->q();
+    I y = labels.y - Index(start_of_chunk()), finds_y = this->finds_y;
+    V so = {}, q_y = {}, q_others = {}, q_drop = {}, e_drop = {}, lost[4] = {};
+    Pair<V> z_y = {};
+    if constexpr (MANY) {
+      so = sums.so, q_y = sums.q_y, q_others = sums.q_others, q_drop = sums.q_drop, e_drop = sums.e_drop;
+      z_y = this->z_y;
+      for (int i = 0; i < 4; i++) lost[i] = this->lost[i];
+    }
+    for (int64_t from = 0; from < count; from += 2 * RUN) {
+      const int64_t to = from + 2 * RUN < count ? from + 2 * RUN : count;
       LaneSums<F> part;
       const auto take = [&](int64_t i, int turn) LAMBDA {
-        const auto is_y = y == Index(i);
-        const V e_c = exp_of_z(i, m), rise = minus<F>(z_of(i), m);
-        z_y = is_y ? rise : z_y;
+        const Pair<V> z_c = z_of(i);
+        auto is_y = y == Index(i);
+        if (probs) {
+          is_y = (z_c.high == m.high) & (z_c.low == m.low) & (finds_y != 0);
+          finds_y = is_y ? I{} : finds_y;
+          y = is_y ? I{} + Index(i) : y;
+        }
+        const V e_c = shifted.exp(z_c, F::CHANGED);
+        z_y.high = is_y ? z_c.high : z_y.high;
+        if constexpr (F::CHANGED) z_y.low = is_y ? z_c.low : z_y.low;
         V q_c = {};
         if constexpr (F::DENSE) {
-          sums.q_y = is_y ? q[i] : sums.q_y;
+          q_y = is_y ? q[i] : q_y;
           q_c = is_y ? V{} : q[i];
         }
-        row_lse<F>(part, is_y ? V{} : e_c, q_c, [&]() LAMBDA { return is_y ? V{} : -rise; }, turn, wants_stats);
+        row_lse<F>(
+            part, is_y ? V{} : e_c, q_c, [&]() LAMBDA { return is_y ? V{} : -minus<F>(z_c, m); }, turn, wants_stats);
         if constexpr (KEEP) z[i] = e_c;
       };
       int64_t i = from;
       for (; i + 2 <= to; i += 2) take(i, 0), take(i + 1, 1);
       if (i < to) take(i, 0);
-      add(sums.so, lost[0], part.so[0] + part.so[1]);
-      if constexpr (F::DENSE) add(sums.q_others, lost[1], part.q_others), add(sums.q_drop, lost[2], part.q_drop);
-      if (wants_stats) add(sums.e_drop, lost[3], part.e_drop);
-    }
-    sums.z_y = z_y;
-    this->sums = sums;
-    for (int i = 0; i < 4; i++) this->lost[i] = lost[i];
-  }
-
-  INLINE void read_saved() {
-    const auto read = [&](SavedColumn which) LAMBDA { return load_first(column(which), part.n); };
-    const Pair<V> of_row = {read(SAVED_M), TWO_PARTS ? load_first(column(SAVED_M) + call.rows, part.n) : V{}};
-    sums.so = read(SAVED_SO);
-    if constexpr (F::DENSE) sums.q_others = read(SAVED_Q_OTHERS);
-    if (call.probs) labels.y = (I)read(SAVED_Y);
-    for_each_chunk([&]() LAMBDA {
-      m = of_row;  // which loading a chunk has raised to what it holds, rounded
-      for (int64_t i = 0; i < count(); i++) {
-        const auto is_y = labels.y == Index(start() + i);
-        sums.z_y = is_y ? minus<F>(z_of(i), of_row) : sums.z_y;
-        if constexpr (F::DENSE) sums.q_y = is_y ? q[i] : sums.q_y;
+      const V run = part.so[0] + part.so[1];
+      if (!MANY && from == 0) {  // few classes have no more than this
+        so = run, q_others = part.q_others, q_drop = part.q_drop, e_drop = part.e_drop;
+        continue;
       }
-    });
+      add(so, lost[0], run);
+      if constexpr (F::DENSE) add(q_others, lost[1], part.q_others), add(q_drop, lost[2], part.q_drop);
+      if (wants_stats) add(e_drop, lost[3], part.e_drop);
+    }
+    sums.so = so, this->z_y = z_y;
+    if constexpr (F::DENSE) sums.q_y = q_y, sums.q_others = q_others, sums.q_drop = q_drop;
+    if (wants_stats) sums.e_drop = e_drop;
+    if (probs) this->finds_y = finds_y, labels.y = y + Index(start_of_chunk());
+    for (int i = 0; i < (MANY ? 4 : 1); i++) this->lost[i] = lost[i];
   }
 
-  // Class indices have a share of q of their own, beside the spread part.
-  INLINE void add_own_q() {
-    V own = splat(own_q<A>(call, 0));
+  // The loss, and what the gradients need, from the sums.
+  INLINE void end_sums(const Call& call) {
+    RowSums<V> sums;
+    sums.m = sums.q_y = sums.q_others = sums.q_drop = sums.e_drop = V{};
+    sums.so = (this->sums.so + lost[0]) * shifted.unit;
+    sums.z_y = minus<F>(z_y, m);
+    if constexpr (F::DENSE)
+      sums.q_y = this->sums.q_y, sums.q_others = this->sums.q_others, sums.q_drop = this->sums.q_drop;
+    // Class indices have a share of q of their own, beside the spread part.
     if (call.weight && !call.probs)
-      own = A(1 - o.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
-    sums.q_y += own;
+      sums.q_y += A(1 - call.options.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
+    else sums.q_y += own_q<A>(call, 0);
+    if (call.stats) sums.e_drop = this->sums.e_drop * shifted.unit;
+    const RowTerms<V, A> row(sums, m.high + m.low);
+    if (call.loss) {
+      const V loss = labels.counted ? row_loss(row, call) : V{};
+      if (call.rounds_loss) store_first(static_cast<T*>(call.loss) + part.first, loss, part.n);
+      else store_first(static_cast<A*>(call.loss) + part.first, loss, part.n);
+    }
+    if (call.stats) write_stats(row);
+    if (!call.grad.data && !call.d_target.data) return;
+    V of_lse = {};
+    if (call.g_lse) of_lse = load_first(static_cast<const A*>(call.g_lse) + part.first, part.n);
+    const GradFactors<V, A> factors(row, call, scales.scale, of_lse);
+    const bool capped = F::CHANGED && call.options.softcap > 0;
+    const V k = capped ? splat(A(1)) : splat(A(call.options.logit_scale));
+    p_scale = k * factors.p_scale * shifted.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
+    lse_m = row.lse_m;
   }
 
-  INLINE void write_rows(const RowTerms<V, A>& row) {
-    const V loss = labels.counted ? row_loss(row, call) : V{};
-    store_first(static_cast<A*>(call.loss) + part.first, loss, part.n);
-    if (!call.saved) return;
-    const auto write = [&](SavedColumn which, V high, V low) LAMBDA {
-      store_first(column(which), high, part.n);
-      if (sizeof(A) == 4) store_first(column(which) + call.rows, low, part.n);
-    };
-    write(SAVED_M, m.high, m.low), write(SAVED_SO, sums.so, V{});
-    write(SAVED_Q_OTHERS, sums.q_others, V{});
-    if (call.probs) write(SAVED_Y, (V)labels.y, V{});
+  template <bool KEPT> INLINE void write_grad(const Call& call) const {
+    const bool capped = F::CHANGED && call.options.softcap > 0;
+    const V p_scale = this->p_scale, scale = this->scale, dz_y = this->dz_y;
+    const V *const z = this->z, *const q = this->q();
+    const ShiftedLanes<A> shifted = this->shifted;
+    const I y = labels.y - Index(start_of_chunk()), counted = labels.counted;
+    StridedRows<F>(call, call.grad, part)
+        .write(reinterpret_cast<T*>(this->q()), [&](int64_t i) LAMBDA {  // never ahead of q
+          V e_c = KEPT ? z[i] : shifted.exp(z_of(i), F::CHANGED), q_c = {};
+          if constexpr (F::DENSE) q_c = q[i];
+          V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
+          dx_c = y == Index(i) ? dz_y : dx_c;
+          if (capped) dx_c *= dz_dx()[i];
+          return counted ? dx_c : V{};
+        });
   }
 
-  // This group's part of a saved column, or of its first half.
-  INLINE A* column(SavedColumn which) const { return reinterpret_cast<A*>(call.column(which)) + part.first; }
-
-  template <bool KEPT> INLINE void write_grad(const GradFactors<V, A>& factors) {
-    const bool capped = F::CHANGED && o.softcap > 0;
-    const V k = capped ? splat(A(1)) : splat(A(o.logit_scale));
-    const V p_scale = k * factors.p_scale * scales.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
-    const Pair<V> m = this->m;
-    const I y = labels.y - Index(start()), counted = labels.counted;
-    StridedRows<F>(call, call.grad, part).write(reinterpret_cast<T*>(q), [&](int64_t i) LAMBDA {  // never ahead of q
-      V e_c = KEPT ? z[i] : exp_of_z(i, m), q_c = {};
-      if constexpr (F::DENSE) q_c = q[i];
-      V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
-      dx_c = y == Index(i) ? dz_y : dx_c;
-      if (capped) dx_c *= dz_dx[i];
-      return counted ? dx_c : V{};
-    });
-  }
-
-  void write_target_grad(const RowTerms<V, A>& row, V scale) {
+  INLINE void write_target_grad(const Call& call) const {
     const A* w = static_cast<const A*>(call.weight);
-    const V share = scale * A(1 - o.label_smoothing);
+    const V share = scales.scale * A(1 - call.options.label_smoothing), lse_m = this->lse_m;
     const Pair<V> m = this->m;
     // Into q, which is not needed any more.
-    write_probs_grad<F>(q, call, part, [&](int64_t i) LAMBDA {
-      return target_grad(-minus<F>(z_of(i), m), row.lse_m, w ? share * w[start() + i] : share);
+    write_probs_grad<F>(q(), call, part, [&](int64_t i) LAMBDA {
+      return target_grad(-minus<F>(z_of(i), m), lse_m, w ? share * w[start_of_chunk() + i] : share);
     });
   }
 
-  void write_stats(const RowTerms<V, A>& row, I argmax) {
-    const V entropy = row_entropy(row);
+  INLINE void write_stats(const RowTerms<V, A>& row) const {
+    A entropy[F::lanes], high[F::lanes], low[F::lanes], lse_m[F::lanes];
+    Index counted[F::lanes], argmax[F::lanes];
+    store(entropy, row_entropy(row)), store(high, m.high), store(low, m.low), store(lse_m, row.lse_m);
+    write(counted, labels.counted), write(argmax, largest);
     for (int i = 0; i < part.n; i++)
-      call.stats[part.first + i] = labels.counted[i]
-                                       ? row_stats(double(m.high[i]) + (double(m.low[i]) + double(row.lse_m[i])),
-                                                   double(entropy[i]), o.lse_square_scale, argmax[i])
-                                       : Stats{0, 0, 0, -1};
+      of->stats[part.first + i] = counted[i] ? row_stats(double(high[i]) + (double(low[i]) + double(lse_m[i])),
+                                                         double(entropy[i]), of->options.lse_square_scale, argmax[i])
+                                             : Stats{0, 0, 0, -1};
   }
 };
 
+// Each step is taken for several groups before the next one: a step waits for the one before it, and a processor looks
+// ahead some hundred instructions, which are one group's. Backward makes the sums again rather than read them: that
+// costs less than their memory, for they come with the exponentials.
 template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   TYPES(F);
-  const A* const g_lse = static_cast<const A*>(call.g_lse);
-  const Scales<F> of_call(call);
-  for (int64_t first = begin; first < end; first += F::lanes) {
-    const int n = end - first < F::lanes ? int(end - first) : F::lanes;
-    const Scales<F> scales = call.upstream ? Scales<F>::of_rows(call, first, n) : of_call;
-    RowGroup<F, MANY> group(call, first, n, scratch, scales);
-    if (call.loss) {
-      const bool ranks = call.probs || call.stats;
-      group.for_each_chunk([&]() LAMBDA {
-        if (ranks) group.find_largest();
-      });
-      if (call.probs) group.labels.y = group.largest;
-      group.for_each_chunk([&]() LAMBDA { group.template add_chunk<KEEP>(); });
-      group.sums.so = (group.sums.so + group.lost[0]) * scales.unit;
-      group.sums.e_drop *= scales.unit;
-    } else {
-      group.read_saved();
+  const Scales<F> of_call = Scales<F>::of_call(call);
+  const int64_t room = 4 * RowGroup<F, MANY>::room(call);
+  const int most = across_groups(call);
+  RowGroup<F, MANY> groups[MANY ? 1 : MOST_GROUPS];
+  Part part;
+  call.dims.find(begin, part.place);
+  for (part.first = begin; part.first < end;) {
+    int count = 0;
+    for (; count < most && part.first < end; count++) {
+      part.n = end - part.first < F::lanes ? int(end - part.first) : F::lanes;
+      groups[count].scales = call.upstream ? Scales<F>::of_rows(call, part.first, part.n) : of_call;
+      groups[count].start(call, part, static_cast<V*>(scratch) + count * room);
+      call.dims.advance(part.place, part.first, F::lanes);
+      part.first += F::lanes;
     }
-    group.add_own_q();
-    const RowTerms<V, A> row(group.sums, group.m.high + group.m.low);
-    if (call.loss) group.write_rows(row);
-    if (call.stats) group.write_stats(row, group.largest);
+    for (int g = 0; g < count; g++) {
+      Pair<V> best = {};
+      groups[g].for_each_chunk([&]() LAMBDA {  // of MANY, this makes m too
+        if (call.stats) groups[g].find_largest(best);
+      });
+      groups[g].shifted = ShiftedLanes<A>(groups[g].m, groups[g].scales.powers);
+      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(call.stats); });
+    }
+    for (int g = 0; g < count; g++) groups[g].end_sums(call);
     if (!call.grad.data && !call.d_target.data) continue;
-    V of_lse = {};
-    if (g_lse) of_lse = load_first(g_lse + first, n);
-    const GradFactors<V, A> factors(row, call, scales.scale, of_lse);
-    group.for_each_chunk([&]() LAMBDA {
-      if (call.grad.data) group.template write_grad<KEEP>(factors);
-      if (call.d_target.data) group.write_target_grad(row, scales.scale);
-    });
+    for (int g = 0; g < count; g++)
+      groups[g].for_each_chunk([&]() LAMBDA {
+        if (call.grad.data) groups[g].template write_grad<KEEP>(call);
+        if (call.d_target.data) groups[g].write_target_grad(call);
+      });
   }
 }

@@ -142,8 +142,10 @@ void block_target_grad(const AlongRow<F>& row, const RowTerms<double, double>& t
                  call.d_target.class_stride, dt, end - begin);
 }
 
-template <class A> void write_row(const Call& call, int64_t row, double loss, const RowSums<double>& sums, double y) {
-  static_cast<A*>(call.loss)[row] = A(loss);
+template <class T> void write_row(const Call& call, int64_t row, double loss, const RowSums<double>& sums, double y) {
+  typedef typename Simd<T>::A A;
+  if (call.rounds_loss) store_first(static_cast<T*>(call.loss) + row, splat(A(loss)), 1);
+  else static_cast<A*>(call.loss)[row] = A(loss);
   if (!call.saved) return;
   call.column(SAVED_M)[row] = sums.m;
   call.column(SAVED_SO)[row] = sums.so;
@@ -152,8 +154,8 @@ template <class A> void write_row(const Call& call, int64_t row, double loss, co
 }
 
 // Loss and gradient 0 whatever the logits hold: they are not even read.
-template <class A> void write_ignored(const Call& call, int64_t row) {
-  if (call.loss) write_row<A>(call, row, 0, {}, -1);
+template <class T> void write_ignored(const Call& call, int64_t row) {
+  if (call.loss) write_row<T>(call, row, 0, {}, -1);
   if (call.stats) call.stats[row] = Stats{0, 0, 0, -1};
 }
 
@@ -179,7 +181,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     row.dt_offset = call.d_target.data ? call.dims.offset(call.d_target, i) : 0;
     row.y = call.probs ? 0 : call.target_at(call.dims.offset(call.target, i));
     if (!call.probs && row.y == call.options.ignore_index) {
-      if (first) write_ignored<A>(call, i);
+      if (first) write_ignored<T>(call, i);
       if (first && row.dx.p) row.dx.clear(C);
       continue;
     }
@@ -218,7 +220,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
       sums.z_y = row.z_y, sums.q_y = row.q_y;
     }
     const RowTerms<double, double> terms(sums);
-    if (call.loss && first) write_row<A>(call, i, row_loss(terms, call), sums, double(row.y));
+    if (call.loss && first) write_row<T>(call, i, row_loss(terms, call), sums, double(row.y));
     if (call.stats && first)
       call.stats[i] = row_stats(terms.lse, row_entropy(terms), call.options.lse_square_scale, top);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);

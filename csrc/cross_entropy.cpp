@@ -63,7 +63,7 @@ void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes)
 // What a thread needs. Rows in lanes: four vectors a class. Classes in lanes: one number a class, where they are kept,
 // and what a block of them (at least 1,024) gives.
 int64_t scratch_bytes(const Call& call) {
-  const int64_t kept = call.across ? (call.C < MOST_KEPT ? call.C : MOST_KEPT) * 4 * WIDEST_VECTOR
+  const int64_t kept = call.across ? across_groups(call) * (call.C < MOST_KEPT ? call.C : MOST_KEPT) * 4 * WIDEST_VECTOR
                                    : (call.C < MOST_ALONG ? call.C + 16 : 16) * 8 + (call.C / 1024 + 1) * 128;
   return (kept + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
 }
@@ -132,11 +132,11 @@ struct Tally {
   Refusal refusal;
 };
 
-// One target at a time, by `label(i)`.
-template <class Label> Tally tally(const Call& call, int64_t begin, int64_t end, Label label) {
+// One target at a time, by `label(i)`; `weighs`: the weights are wanted too.
+template <class Label> Tally tally(const Call& call, bool weighs, int64_t begin, int64_t end, Label label) {
   const int64_t ignored = call.options.ignore_index;
   const uint64_t C = uint64_t(call.C);
-  if (!call.weight && uint64_t(ignored) >= C) {  // fast path: no bad or ignored target
+  if (!weighs && uint64_t(ignored) >= C) {  // fast path: no bad or ignored target
     uint64_t signs = 0;
     for (int64_t i = begin; i < end; i++) signs |= uint64_t(label(i)) | (C - 1 - uint64_t(label(i)));
     if (!(signs >> 63)) return {end - begin, double(end - begin), {false, 0}};
@@ -151,7 +151,7 @@ template <class Label> Tally tally(const Call& call, int64_t begin, int64_t end,
   if (bad)
     for (int64_t i = begin; !result.refusal.bad; i++)
       if (uint64_t(label(i)) >= C && label(i) != ignored) result.refusal = {true, label(i)};
-  if (!call.weight || bad) return result;
+  if (!weighs || bad) return result;
   const auto sum = [&](const auto* weight) {
     constexpr int64_t CHAINS = 8;  // of additions that do not wait for each other
     double sums[CHAINS] = {}, total = 0;
@@ -196,6 +196,7 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, 
   int64_t count = call.rows;
   double weights = double(count);
   if (!call.probs) {
+    const bool weighs = call.weight && reduction == Reduction::mean;
     const int64_t* const packed =  // the usual targets, for a short loop
         call.target.dtype == DType::int64 && is_packed(call.target, call.dims)
             ? static_cast<const int64_t*>(call.target.data)
@@ -203,8 +204,9 @@ Refusal prepare(Call& call, Reduction reduction, double num_items, int threads, 
     count = 0, weights = 0;
     for (const Tally& part :
          by_groups<Tally>(call.rows, threads_for(call.rows * 8, threads), [&](int64_t begin, int64_t end) {
-           if (packed) return tally(call, begin, end, [&](int64_t i) { return packed[i]; });
-           return tally(call, begin, end, [&](int64_t i) { return call.target_at(call.dims.offset(call.target, i)); });
+           if (packed) return tally(call, weighs, begin, end, [&](int64_t i) { return packed[i]; });
+           return tally(call, weighs, begin, end,
+                        [&](int64_t i) { return call.target_at(call.dims.offset(call.target, i)); });
          })) {
       if (part.refusal.bad) return part.refusal;
       count += part.count, weights += part.weights;
@@ -263,6 +265,13 @@ Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DT
   std::unique_ptr<float[]> normal;
   const Refusal refusal = prepare(call, reduction, num_items, threads, &divisor, normal);
   if (refusal.bad) return refusal;
+  const DType dtype = call.input.dtype, acc = dtype == DType::float64 ? dtype : DType::float32;
+  if (reduction == Reduction::none && (loss_dtype == acc || loss_dtype == dtype)) {
+    call.loss = loss;
+    call.rounds_loss = loss_dtype != acc;
+    run_all_rows(call, threads);
+    return refusal;
+  }
   const Scratch losses(kept_losses, call.rows * int64_t(sizeof(double)), KEPT_SCRATCH);  // of either acc
   call.loss = losses.data;
   run_all_rows(call, threads);

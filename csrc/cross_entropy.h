@@ -47,10 +47,12 @@ struct RowDims {
       row /= sizes[d];
     }
     place.at[0] = row;
+    if (rank == 1) place.at[1] = 0;  // which is copied all the same
   }
   FUSED_CE_INLINE int64_t offset(const View& view, const Place& place) const {
-    int64_t result = 0;
-    for (int d = 0; d < rank; d++) result += place.at[d] * view.strides[d];
+    int64_t result = place.at[0] * view.strides[0];
+    if (rank > 1) result += place.at[1] * view.strides[1];  // mostly there are no more
+    for (int d = 2; d < rank; d++) result += place.at[d] * view.strides[d];
     return result;
   }
   FUSED_CE_INLINE int64_t offset(const View& view, int64_t row) const {
@@ -58,14 +60,20 @@ struct RowDims {
     find(row, place);
     return offset(view, place);
   }
+  // From the place of `row` to that of the row `by` after it.
+  FUSED_CE_INLINE void advance(Place& place, int64_t row, int64_t by) const {
+    const int last = rank - 1;
+    place.at[last] += by;
+    if (last > 0 && place.at[last] >= sizes[last]) find(row + by, place);
+  }
   // Whether n rows from here on are evenly spaced, by the last stride.
   FUSED_CE_INLINE bool in_line(const Place& place, int64_t n) const {
     return rank == 1 || place.at[rank - 1] + n <= sizes[rank - 1];
   }
 };
 
-// What stands between forward and backward for each row: some of its sums, by the letters of formula.py. A column each,
-// so that rows in lanes are read and written side by side: there each holds two of acc where that is float.
+// What stands between forward and backward for each row: some of its sums, by the letters of formula.py, a column each.
+// Only where lanes are classes: elsewhere backward makes them again.
 enum SavedColumn {
   SAVED_M,
   SAVED_SO,
@@ -88,7 +96,7 @@ struct Call {
   const void* upstream;  // (rows) acc, of the loss
   const void* g_lse;     // (rows) acc, of lse
   // outputs
-  void* loss;     // (rows) acc; null: the saved rows are read instead of written
+  void* loss;     // (rows) acc, or input's dtype if `rounds_loss`; null: backward
   double* saved;  // (columns, rows); a column that is not there is neither read nor written
   Stats* stats;   // (rows)
   View grad;      // (N, C, d1..dk), input's dtype
@@ -99,6 +107,7 @@ struct Call {
   bool probs;    // target holds probabilities
   bool across;   // the lanes of a vector are rows, not classes
   bool streams;  // grad is written past the caches
+  bool rounds_loss;
   // options
   Options options;
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
@@ -125,6 +134,10 @@ using RowsFunction = void (*)(const Call& call, int64_t begin, int64_t end, void
 
 // A `RowSums<double>` as 8 numbers joined with that of the part after it; for the tests of formula.inl.h.
 using CombineFunction = void (*)(double* sums, const double* after, bool probs);
+
+// Groups of rows in lanes that are worked on at a time: as many as keep their logits in the L1 cache.
+constexpr int MOST_GROUPS = 8;
+FUSED_CE_INLINE int across_groups(const Call& call) { return call.C <= 16 ? MOST_GROUPS : call.C <= 64 ? 2 : 1; }
 
 // Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on what is asked.
 bool lanes_across_rows(const Call& call);

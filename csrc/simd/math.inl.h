@@ -87,20 +87,6 @@ template <class A, class V> INLINE V headroom_of(V scale) {
   return __builtin_convertvector(power < 0 ? I{} : power > 96 ? I{} + 96 : power, V);
 }
 
-// exp(z - m) for z <= m, a lane's m its own. Rounding z - m would cost exp a relative |z - m| 2^-24, 25 ULP at
-// -50: the rounded-off part is given back (Knuth's two-sum).
-template <class A, class V> INLINE V exp_minus(V z, V m, V lowest, V t_0) {
-  const V d = z - m, minus_m = d - z;
-  return exp_above<A>(d, (z - (d - minus_m)) - (m + minus_m), lowest, t_0);
-}
-template <class A, class V> INLINE V exp_minus(const Pair<V>& z, const Pair<V>& m, V lowest, V t_0) {
-  const V d = z.high - m.high, minus_m = d - z.high;
-  const V rest = (z.high - (d - minus_m)) - (m.high + minus_m) + (z.low - m.low);
-  const V sum = d + rest;  // the low part of a large z is not small beside d
-  const V result = exp_above<A>(sum, rest - (sum - d), lowest, t_0);
-  return d < lowest ? V{} : result;  // minus infinity has no rest
-}
-
 // exp(z - m) for z <= m and one m, but for a factor that is known to double precision: what is subtracted is a
 // `shift` near m that costs no rounding. A small m leaves only a power of 2, and a large one is itself exact, since z
 // is so near to it (or gives 0) that both are multiples of nearly the same digit.
@@ -124,6 +110,32 @@ template <class A> struct Shifted {
   INLINE V exp(const Pair<V>& z) const {
     // The low part of a large z is not small beside x.
     const V x = z.high - base, low = z.low - base_low, sum = x + low;
+    return exp_above<A>(sum, low - (sum - x), lowest, t_0);
+  }
+};
+
+// The same for rows in lanes, each with its m. The factor is known to acc's precision: `unit` is it, times the power
+// of 2.
+template <class A> struct ShiftedLanes {
+  typedef Constants<A> K;
+  typedef typename Simd<A>::V V;
+  V base, base_low, lowest, t_0, unit;
+
+  ShiftedLanes() = default;
+  INLINE ShiftedLanes(const Pair<V>& m, V headroom) {
+    const auto near = (m.high < K::near) & (m.high > -K::near);
+    const V rest = near ? m.high : V{};
+    base = near ? V{} : m.high, base_low = near ? V{} : m.low;
+    V t;  // of -m, so that exp(shift - m) comes without a division
+    const V reduced = expm1_reduced<A>(-rest, near ? -m.low : V{}, &t);
+    lowest = rest + (K::lowest - headroom * A(0.69314718055994530942));
+    t_0 = 2 * K::round - t - headroom;
+    unit = multiply_power(reduced, K::round - headroom, splat(K::round));
+  }
+  INLINE V exp(const Pair<V>& z, bool changed) const {
+    const V x = z.high - base;
+    if (!changed) return exp_above<A>(x, V{}, lowest, t_0);
+    const V low = z.low - base_low, sum = x + low;
     return exp_above<A>(sum, low - (sum - x), lowest, t_0);
   }
 };
