@@ -187,6 +187,7 @@ template <class F, bool MANY> struct RowGroup {
       else store_first(static_cast<A*>(call.loss) + part.first, loss, part.n);
     }
     if (call.stats) write_stats(row);
+    if (call.saved && call.loss) save(sums);
     if (!call.grad.data && !call.d_target.data) return;
     V of_lse = {};
     if (call.g_lse) of_lse = load_first(static_cast<const A*>(call.g_lse) + part.first, part.n);
@@ -222,6 +223,19 @@ template <class F, bool MANY> struct RowGroup {
     write_probs_grad<F>(q(), call, part, [&](int64_t i) LAMBDA {
       return target_grad(-minus<F>(z_of(i), m), lse_m, w ? share * w[start_of_chunk() + i] : share);
     });
+  }
+
+  // Another layout's backward may read them: logits that went through a saved-tensor hook come back contiguous.
+  INLINE void save(const RowSums<V>& sums) const {
+    A high[F::lanes], low[F::lanes], so[F::lanes], q_others[F::lanes];
+    Index y[F::lanes];
+    store(high, m.high), store(low, m.low), store(so, sums.so), store(q_others, sums.q_others), write(y, labels.y);
+    for (int i = 0; i < part.n; i++) {
+      const int64_t row = part.first + i;
+      of->column(SAVED_M)[row] = double(high[i]) + double(low[i]);
+      of->column(SAVED_SO)[row] = so[i], of->column(SAVED_Q_OTHERS)[row] = q_others[i];
+      if (of->probs) of->column(SAVED_Y)[row] = double(y[i]);
+    }
   }
 
   INLINE void write_stats(const RowTerms<V, A>& row) const {

@@ -72,8 +72,11 @@ struct RowDims {
   }
 };
 
+// Up to this many classes a row's vectors are so few that lanes across rows win.
+constexpr int64_t FEW_CLASSES = 384;
+
 // What stands between forward and backward for each row: some of its sums, by the letters of formula.py, a column each.
-// Only where lanes are classes: elsewhere backward makes them again.
+// Rows of few classes have none: they are in lanes whatever their layout, where backward makes the sums again for less.
 enum SavedColumn {
   SAVED_M,
   SAVED_SO,
@@ -97,7 +100,7 @@ struct Call {
   const void* g_lse;     // (rows) acc, of lse
   // outputs
   void* loss;     // (rows) acc, or input's dtype if `rounds_loss`; null: backward
-  double* saved;  // (columns, rows); a column that is not there is neither read nor written
+  double* saved;  // (columns, rows)
   Stats* stats;   // (rows)
   View grad;      // (N, C, d1..dk), input's dtype
   View d_target;  // (N, C, d1..dk), target's dtype
@@ -113,6 +116,7 @@ struct Call {
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
   double ratio;  // D / count under a mean, because the z-loss is divided by the count instead
 
+  int columns() const { return C <= FEW_CLASSES ? 0 : SAVED_Y + probs; }
   FUSED_CE_INLINE double* column(SavedColumn which) const { return saved + which * rows; }
 
   FUSED_CE_INLINE int64_t target_at(int64_t offset) const {

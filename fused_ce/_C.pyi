@@ -9,6 +9,7 @@ from .options import Options
 
 openmp: bool  # False: built without OpenMP, so on one thread only
 compiler: str
+few_classes: int  # rows of up to so many save nothing for backward
 stats_size: int  # doubles a row
 
 def isa_names() -> list[str]:

@@ -63,8 +63,8 @@ def is_common(call: Call) -> bool:
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
-    """(columns, rows): m, so, q_others, and the largest logit under probabilities."""
-    return 3 + call.has_probs, call.rows
+    """(columns, rows): m, so, q_others, and the largest logit under probabilities; nothing of few classes."""
+    return 0 if call.classes <= _C.few_classes else 3 + call.has_probs, call.rows
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
