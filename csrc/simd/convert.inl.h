@@ -162,8 +162,9 @@ INLINE void read_strided(A* out, const void* data, int64_t offset, int64_t strid
   for (int64_t i = 0; i < n; i += lanes) {
     const int64_t count = n - i < lanes ? n - i : lanes;
     if constexpr (sizeof(A) == sizeof(typename Simd<T>::A))
-      if (stride == 1 && count == lanes) {
-        store(out + i, load(p + i));
+      if (stride == 1) {
+        if (count == lanes) store(out + i, load(p + i));
+        else store_first(out + i, load_first(p + i, count), count);
         continue;
       }
     T element[lanes] = {};
@@ -188,6 +189,12 @@ INLINE void write_strided(void* data, int64_t offset, int64_t stride, const A* i
   constexpr int lanes = Constants<typename Simd<T>::A>::lanes;
   for (int64_t i = 0; i < n; i += lanes) {
     const int64_t count = n - i < lanes ? n - i : lanes;
+    if constexpr (sizeof(A) == sizeof(typename Simd<T>::A))
+      if (stride == 1) {
+        if (count == lanes) store(p + i, load(in + i));
+        else store_first(p + i, load_first(in + i, count), count);
+        continue;
+      }
     T element[lanes];
     typename Simd<T>::V v = {};
     for (int64_t j = 0; j < count; j++) v[j] = in[i + j];
