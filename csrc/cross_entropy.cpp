@@ -33,6 +33,8 @@ constexpr int64_t HUGE_PAGE = 1 << 21;
 constexpr int64_t KEPT_SCRATCH = 1 << 22;  // bytes of a thread's, between calls
 
 // From this many rows side by side in memory on, lanes across them win, where their classes lie apart.
+// Up to this many classes a row's vectors are so few that lanes across rows win.
+constexpr int64_t FEW_CLASSES = 384;
 constexpr int64_t FEW_ROWS = 16;
 
 // A gradient of this size leaves the caches anyway, and a store past them need not read what it overwrites. Not in new
@@ -237,6 +239,8 @@ void reduce(const A* rows, int64_t n, Reduction reduction, double divisor, void*
 }
 
 }  // namespace
+
+int saved_columns(int64_t classes, bool probs) { return classes <= FEW_CLASSES ? 0 : SAVED_Y + probs; }
 
 bool lanes_across_rows(const Call& call) {
   if (call.C <= FEW_CLASSES) return true;

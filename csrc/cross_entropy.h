@@ -72,9 +72,6 @@ struct RowDims {
   }
 };
 
-// Up to this many classes a row's vectors are so few that lanes across rows win.
-constexpr int64_t FEW_CLASSES = 384;
-
 // What stands between forward and backward for each row: some of its sums, by the letters of formula.py, a column each.
 // Rows of few classes have none: they are in lanes whatever their layout, where backward makes the sums again for less.
 enum SavedColumn {
@@ -116,7 +113,6 @@ struct Call {
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
   double ratio;  // D / count under a mean, because the z-loss is divided by the count instead
 
-  int columns() const { return C <= FEW_CLASSES ? 0 : SAVED_Y + probs; }
   FUSED_CE_INLINE double* column(SavedColumn which) const { return saved + which * rows; }
 
   FUSED_CE_INLINE int64_t target_at(int64_t offset) const {
@@ -145,6 +141,9 @@ FUSED_CE_INLINE int across_groups(const Call& call) { return call.C <= 16 ? MOST
 
 // Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on what is asked.
 bool lanes_across_rows(const Call& call);
+
+// Of `Call::saved`.
+int saved_columns(int64_t classes, bool probs);
 
 struct Refusal {  // why a call was refused: an index outside [0, C)
   bool bad;

@@ -64,7 +64,7 @@ def is_common(call: Call) -> bool:
 
 def saved_shape(call: Call) -> tuple[int, ...]:
     """(columns, rows): m, so, q_others, and the largest logit under probabilities; nothing of few classes."""
-    return 0 if call.classes <= _C.few_classes else 3 + call.has_probs, call.rows
+    return _C.saved_columns(call.classes, call.has_probs), call.rows
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
