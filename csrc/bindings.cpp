@@ -163,7 +163,8 @@ PyObject* forward_py(Arguments given) {
   call.scale = real(given[5]);
   const DType dtype = tensors::read(given[6], DType::float16).ours;
   void* const loss = tensors::elements(given[6], reduction == Reduction::none ? call.rows : 1, dtype);
-  call.saved = static_cast<double*>(tensors::elements(given[8], saved_columns(call.C, call.probs) * call.rows, DType::float64));
+  call.saved =
+      static_cast<double*>(tensors::elements(given[8], saved_columns(call.C, call.probs) * call.rows, DType::float64));
   constexpr int64_t FIELDS = sizeof(Stats) / sizeof(double);
   call.stats = static_cast<Stats*>(tensors::elements(given[9], FIELDS * call.rows, DType::float64));
   return run(call, given[10], [&](int threads) { return forward(call, reduction, num_items, loss, dtype, threads); });
@@ -179,7 +180,8 @@ PyObject* backward_py(Arguments given) {
   call.upstream = tensors::elements(given[5], call.rows, acc_of(call));
   call.scale = real(given[6]);
   call.g_lse = tensors::elements(given[7], call.rows, acc_of(call));
-  call.saved = static_cast<double*>(tensors::elements(given[10], saved_columns(call.C, call.probs) * call.rows, DType::float64));
+  call.saved =
+      static_cast<double*>(tensors::elements(given[10], saved_columns(call.C, call.probs) * call.rows, DType::float64));
   return run(call, given[11], [&](int threads) { return backward(call, reduction, num_items, threads); });
 }
 
