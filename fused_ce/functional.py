@@ -179,7 +179,7 @@ def cross_entropy(
         options = check_keywords(options, getattr(input, "dtype", torch.float32))
     call = Call(input, target, weight, options)
     loss, stats = _run(call, backend)
-    return _output(loss, stats, call) if return_stats else loss
+    return output(loss, stats, call) if return_stats else loss
 
 
 def _run(call: Call, backend: str | None) -> tuple[Tensor, Stats | None]:
@@ -199,7 +199,8 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, Stats | None]:
     return with_gradient(call, chosen, gate.again)
 
 
-def _output(loss: Tensor, stats: Stats | None, call: Call) -> CrossEntropyOutput:
+def output(loss: Tensor, stats: Stats | None, call: Call) -> CrossEntropyOutput:
+    """The public result, from what a backend gave; of the logits it reads the shape alone."""
     assert stats is not None
     if not torch.compiler.is_compiling():
         return _torch.in_any_process(lambda: _reduced(loss, stats, call))
