@@ -120,10 +120,12 @@ def scaled(
 def _times(grad: Tensor, ratio: float | Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
     if not isinstance(ratio, Tensor) and ratio == 1.0:
         return grad.to(dtype, copy=keep)
-    if isinstance(ratio, Tensor):
-        ratio = ratio.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
-        return torch.mul(grad, ratio, out=torch.empty_like(grad, dtype=dtype) if keep or grad.dtype != dtype else grad)
-    return (grad * ratio if keep else grad.mul_(ratio)).to(dtype)
+    if dtype.itemsize > grad.itemsize:  # autocast's products, for wider parameters
+        grad, keep = grad.to(dtype), False
+    if not isinstance(ratio, Tensor):
+        return (grad * ratio if keep else grad.mul_(ratio)).to(dtype)
+    ratio = ratio.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+    return torch.mul(grad, ratio, out=torch.empty_like(grad, dtype=dtype) if keep or grad.dtype != dtype else grad)
 
 
 def _as_it_arrives(expected: float | Tensor, dtype: torch.dtype) -> float:

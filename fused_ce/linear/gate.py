@@ -85,15 +85,15 @@ def judge(
         RuntimeError: a tensor's storage was freed.
     """
     factors = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
-    if not all(_is_plain(tensor) and tensor.dtype in FLOATS and not tensor.is_neg() for tensor in factors):
+    if not all(_is_plain(tensor) and tensor.dtype in FLOATS for tensor in factors):
         return None
     if any(tensor.device != input.device for tensor in (*factors, target)) or target.requires_grad:
         return None
-    dtype = _product_dtype(factors)
-    if dtype is None or input.shape[0] == 0:
+    dtype, N = _product_dtype(factors), input.shape[0]
+    if dtype is None or N == 0 or target.shape not in (input.shape[:1], (N, linear_weight.shape[0])):
         return None
     # The backend judges a row of logits, which takes no memory: all that matters is its shape and dtype.
-    row = input.new_empty((), dtype=dtype).expand(1, linear_weight.shape[0])
+    row = input.new_zeros((), dtype=dtype).expand(1, linear_weight.shape[0])
     seen, backend = gate.judge(Call(row, target[:1], weight, options), name)
     if backend is None:
         return None
@@ -104,8 +104,9 @@ def judge(
 
 def _is_plain(tensor: Tensor) -> bool:
     # While compiling, the tensors that stand for the real ones are of other types.
-    known = type(tensor) in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
-    return known and tensor.layout is torch.strided
+    if torch.compiler.is_compiling():
+        return tensor.layout is torch.strided
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_neg()
 
 
 def _product_dtype(factors: list[Tensor]) -> torch.dtype | None:

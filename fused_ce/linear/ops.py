@@ -51,7 +51,7 @@ def _call(tensors: Sequence[Any], rest: Sequence[Any], values: bool = True) -> t
     """The call and its backend, from the operators' arguments; without `values` the numbers of the call are unknown."""
     input, linear_weight, target, _, weight = tensors
     *fields, product_dtype, chunk_rows = rest
-    row = input.new_empty((), dtype=product_dtype).expand(1, linear_weight.shape[0])
+    row = input.new_zeros((), dtype=product_dtype).expand(1, linear_weight.shape[0])
     seen, backend = ops.chosen(row, target[:1], weight, fields, values)
     return LinearCall(*tensors, seen.options, product_dtype, chunk_rows), backend  # type: ignore[call-arg]
 
