@@ -115,13 +115,13 @@ def _cases() -> Iterator[Case]:
     for dtype in (bf16, f16):
         everything = {"weight": True, "bias": True, "options": EVERYTHING, "ignored": 0.5}
         yield Case(f"everything-{str(dtype)[6:]}", dtype=dtype, **everything, upstream=3.0)
-        yield Case(f"one-chunk-{str(dtype)[6:]}", dtype=dtype, chunk_rows=None, bias=True)
+        yield Case(f"one-chunk-{str(dtype)[6:]}", dtype=dtype, chunk_rows=64, bias=True)
     yield Case("num-items", options={"num_items": 7.0}, ignored=0.3)
     yield Case("num-items-z-loss", options={"num_items": 7.0, "lse_square_scale": 1e-2}, weight=True, ignored=0.3)
     yield Case("probabilities-smoothing", probs=True, options={"label_smoothing": 0.1}, interpreted=True)
     for N in (1, 7, 8, 9, 300):
         yield Case(f"rows-{N}", N=N)
-    yield Case("many-chunks", N=600, chunk_rows=None)
+    yield Case("small", chunk_rows=None, bias=True, ignored=0.3)
     for name in ("input", "linear_weight", "linear_bias"):
         others = tuple({"input", "linear_weight", "linear_bias"} - {name})
         yield Case(f"frozen-{name}", bias=True, frozen=(name,))

@@ -46,7 +46,7 @@ ARROWS = {
         "functional",
         *(f"linear.{name}" for name in ("autograd", "chunks", "composite", "contract", "gate", "ops")),
     },
-    "linear.gate": {"_torch", "gate", "linear.contract"},
+    "linear.gate": {"_torch", "gate", "linear.contract", "linear.products"},
     "linear.ops": {"_torch", "linear.autograd", "linear.chunks", "linear.composite", "linear.contract", "ops"},
     "linear.autograd": {
         "_torch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -72,9 +73,11 @@ LIKE_TORCH: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 
 @in_torch
 @pytest.mark.parametrize("name", LIKE_TORCH)
-def test_answers_as_torch(name: str) -> None:
+@pytest.mark.parametrize("chunk_rows", [None, 2], ids=["small", "chunks"])
+def test_answers_as_torch(name: str, chunk_rows: int | None) -> None:
     arguments, keywords = LIKE_TORCH[name]
-    ours, torchs = (answer(f, *arguments, **keywords) for f in (linear_cross_entropy, theirs))
+    ours = answer(linear_cross_entropy, *arguments, **keywords, chunk_rows=chunk_rows)
+    torchs = answer(theirs, *arguments, **keywords)
     if isinstance(torchs, Tensor):
         torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=0, equal_nan=True)
     else:
@@ -120,17 +123,17 @@ def test_samples_of_torchs_operator(dtype: torch.dtype) -> None:
     samples = [sample for op in ops for sample in op.sample_inputs("cpu", dtype, requires_grad=True)]
     assert len(samples) > 50
 
-    def results(function: Any, sample: Any, change: Any) -> list[Tensor]:
+    def results(function: Any, sample: Any, chunk_rows: int | None, change: Any) -> list[Tensor]:
         tensors = [change(t).detach().clone().requires_grad_() for t in (sample.input, sample.args[0])]
         keywords = {name: change(value) for name, value in sample.kwargs.items() if name != "options"}
         if function is linear_cross_entropy:
-            keywords["options"] = sample.kwargs.get("options")
+            keywords |= {"options": sample.kwargs.get("options"), "chunk_rows": chunk_rows}
         loss = function(*tensors, change(sample.args[1]), **keywords)
         return [loss.detach(), *torch.autograd.grad(loss.sum(), tensors)]
 
-    for sample in samples:
-        ours, torchs = (results(f, sample, lambda value: value) for f in (linear_cross_entropy, theirs))
-        exact = results(theirs, sample, double)
+    for sample, chunk_rows in itertools.product(samples, (None, 1)):
+        ours, torchs = (results(f, sample, chunk_rows, lambda value: value) for f in (linear_cross_entropy, theirs))
+        exact = results(theirs, sample, chunk_rows, double)
         for triple in zip(ours, torchs, exact, strict=True):
             got, like, right = triple
             assert (got.shape, got.dtype) == (like.shape, like.dtype)
@@ -148,7 +151,7 @@ def test_torchs_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "asked", "found"), [(600, None, [200] * 3), (9, 8, [5, 4]), (3, 8, [3]), (16, 8, [8, 8])]
+    ("rows", "asked", "found"), [(600, 256, [200] * 3), (9, 8, [5, 4]), (3, 8, [3]), (16, 8, [8, 8])]
 )
 def test_chunks_are_even(rows: int, asked: int | None, found: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
@@ -167,7 +170,7 @@ def test_ignored_rows_take_part_in_no_product(monkeypatch: pytest.MonkeyPatch) -
     seen: list[int] = []
     product = products.logits
     monkeypatch.setattr(products, "logits", lambda x, *rest: seen.append(len(x)) or product(x, *rest))
-    linear_cross_entropy(x(40, 3), W, y(40).masked_fill(torch.arange(40) % 4 > 0, -100))
+    linear_cross_entropy(x(40, 3), W, y(40).masked_fill(torch.arange(40) % 4 > 0, -100), chunk_rows=64)
     assert seen == [10]
 
 

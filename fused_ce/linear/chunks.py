@@ -30,6 +30,7 @@ T = TypeVar("T")
 # Rows of a chunk. float32 products reach their speed at 256; the weight gradient of a 16-bit chunk is rounded, then
 # added to a float32 sum of V x H numbers, which more rows share; on a GPU that traffic hides from some 930 rows on.
 _ROWS, _ROWS_OF_16_BITS, _ROWS_ON_A_GPU = 256, 1024, 2048
+_LOGITS = 1 << 22  # of a chunk, at least: of few classes, 256 rows would cost more in Python than in products
 
 
 class Chunk(NamedTuple):
@@ -131,7 +132,7 @@ def _most_rows(call: LinearCall) -> int:
     if not can_wait(call.input):
         return _ROWS_ON_A_GPU
     narrow = products.computed_in(call.product_dtype, call.input.device).itemsize == 2
-    return _ROWS_OF_16_BITS if narrow else _ROWS
+    return max(_ROWS_OF_16_BITS if narrow else _ROWS, _LOGITS // max(1, call.linear_weight.shape[0]))
 
 
 def _plan(call: LinearCall) -> Plan:

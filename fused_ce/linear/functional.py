@@ -208,7 +208,7 @@ def _whole(
     backend: str | None,
 ) -> Tensor | CrossEntropyOutput:
     """By torch's linear, and `cross_entropy` of its logits: every derivative, every transform, every error message."""
-    if target.shape == input.shape[:-1] and not target.is_floating_point():
+    if target.shape == input.shape[:-1] and not target.is_floating_point() and _may_be_ignored(target, options):
         input = composite.without_ignored(input, target, options.ignore_index)
     if linear_weight.dim() == 2:
         logits = F.linear(input, linear_weight, linear_bias)
@@ -219,6 +219,13 @@ def _whole(
     given = options._asdict()
     given.pop("inplace")
     return cross_entropy(logits, target, weight, **given, backend=backend)
+
+
+def _may_be_ignored(target: Tensor, options: Options) -> bool:
+    """Whether a row is ignored, where it costs little to know; else True."""
+    if not target.is_cpu or torch.compiler.is_compiling() or _torch.under_transforms() or _torch.is_dispatched():
+        return True
+    return type(target) is not Tensor or bool((target.long() == options.ignore_index).any())
 
 
 def _unflattened(result: Tensor | CrossEntropyOutput, leading: torch.Size) -> Tensor | CrossEntropyOutput:

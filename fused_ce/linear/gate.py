@@ -8,7 +8,11 @@ from torch import Tensor
 from .. import _torch, gate
 from ..contract import Backend, Call
 from ..options import FLOATS, Options
+from . import products
 from .contract import LinearCall
+
+# Of a product. The loop costs some 150 us of Python, which is as much as it saves here.
+_LOGITS, _MULTIPLICATIONS = 1 << 22, 1 << 27
 
 
 def check_shapes(
@@ -78,12 +82,14 @@ def judge(
     chunk_rows: int | None,
     name: str | None,
 ) -> tuple[LinearCall, Backend] | None:
-    """The call as the loop is to see it, and the backend for its chunks; None where the loop cannot take it.
+    """The call as the loop is to see it, and the backend for its chunks; None where it is not the loop's.
 
     Raises:
         ValueError, NotImplementedError: see `dispatch.choose`.
         RuntimeError: a tensor's storage was freed.
     """
+    if _is_small(input, linear_weight, chunk_rows):
+        return None
     factors = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
     if not all(_is_plain(tensor) and tensor.dtype in FLOATS for tensor in factors):
         return None
@@ -107,6 +113,14 @@ def _is_plain(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return tensor.layout is torch.strided
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_neg()
+
+
+def _is_small(input: Tensor, linear_weight: Tensor, chunk_rows: int | None) -> bool:
+    """Whether torch's linear and `cross_entropy` are faster (docs/performance.md) and their logits no matter."""
+    if chunk_rows is not None or not input.is_cpu or products.computed_in(input.dtype, input.device) != input.dtype:
+        return False
+    logits = input.shape[0] * linear_weight.shape[0]
+    return logits <= _LOGITS and logits * input.shape[1] <= _MULTIPLICATIONS
 
 
 def _product_dtype(factors: list[Tensor]) -> torch.dtype | None:

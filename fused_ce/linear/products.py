@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import _torch
 
-# Products of less than this many multiplications, or fewer rows, are torch's: what surrounds them would cost more.
-_LARGE, _ROWS = 1 << 22, 16
+# Products with fewer rows, or sums of fewer terms, are torch's: copying what oneDNN gives would cost what it gains.
+_ROWS, _TERMS = 16, 192
 # Classes at once, where a product cannot be written into, or added to, memory that is there: what it gives is then
 # copied while it lies in the caches.
 _TILE = 4096
@@ -44,7 +44,7 @@ def logits(
     out: Tensor,  # (n, V)
 ) -> Tensor:
     """out = x @ W.T + bias"""
-    if _by_onednn(LOGITS, x, W.t()):
+    if _by_onednn(LOGITS, x):
         for v in range(0, len(W), _TILE):
             part = slice(v, v + _TILE)
             out[:, part].copy_(_torch.linear(x, W[part], None if bias is None else bias[part]))
@@ -58,7 +58,7 @@ def input_grad(
     out: Tensor,  # (n, H)
 ) -> Tensor:
     """out = g @ W"""
-    if _by_onednn(INPUT_GRAD, g, W):
+    if _by_onednn(INPUT_GRAD, g):
         for v in range(0, len(W), _SUMMED):
             part = slice(v, v + _SUMMED)
             term = _torch.linear(g[:, part], W[part].t(), None)
@@ -74,7 +74,7 @@ def add_weight_grad(
     first: bool,
 ) -> None:
     """total += g.T @ x; the first of all sets it."""
-    onednn = _by_onednn(WEIGHT_GRAD, g, x)
+    onednn = _by_onednn(WEIGHT_GRAD, g.t())
     if total.dtype == g.dtype and not onednn:
         torch.mm(g.t(), x, out=total) if first else total.addmm_(g.t(), x)
         return
@@ -97,8 +97,8 @@ def add_bias_grad(total: Tensor, g: Tensor) -> None:  # (V,), (n, V)
         total[part] += g[:, part].sum(0, dtype=total.dtype)
 
 
-def _by_onednn(product: str, a: Tensor, b: Tensor) -> bool:  # (m, k) and (k, n), or (k, m) and (k, n)
-    if a.dtype != torch.float32 or not a.is_cpu or len(a) < _ROWS or a.numel() * b.shape[1] < _LARGE:
+def _by_onednn(product: str, left: Tensor) -> bool:  # (rows, terms)
+    if left.dtype != torch.float32 or not left.is_cpu or left.shape[0] < _ROWS or left.shape[1] < _TERMS:
         return False
     return product in chosen()
 
