@@ -132,6 +132,50 @@ def times(case: Case, rounds: int, threads: int, quick: bool = False) -> dict[st
         return measured(peers(case, quick), rounds, threads)
 
 
+def accuracy(console: Console) -> None:
+    """Root mean squares of errors, relative to those of float64 on the same (rounded) inputs."""
+
+    def distance(got: Tensor, exact: Tensor) -> str:
+        return f"{float((got.double() - exact).norm() / exact.norm()):.2e}"
+
+    torch.manual_seed(1)
+    for dtype, (N, H, V) in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), ((1024, 256, 4096), (512, 1024, 8000))
+    ):
+        if dtype == torch.float16 and H > 256:
+            continue  # torch's products would take minutes
+        table = Table(f"{N}x{H}x{V} {str(dtype).removeprefix('torch.')}", "rows' losses", "loss", "input", "weight")
+        x, y = torch.randn(N, H).to(dtype).requires_grad_(), torch.randint(V, (N,))
+        W = (torch.randn(V, H) / H**0.5).to(dtype).requires_grad_()
+
+        def results(loss: Callable[..., Any], *factors: Tensor, y: Tensor = y) -> list[Tensor]:
+            mean = loss(*factors, y, reduction="mean")
+            rows = loss(*factors, y, reduction="none").detach()
+            return [rows, mean.detach(), *torch.autograd.grad(mean, factors)]
+
+        def composed(x: Tensor, W: Tensor, y: Tensor, **keywords: Any) -> Tensor:
+            return F.cross_entropy(F.linear(x, W), y, **keywords)
+
+        exact = results(composed, *(tensor.detach().double().requires_grad_() for tensor in (x, W)))
+        every: dict[str, Callable[..., Any]] = {
+            EAGER: composed,
+            "linear + fused_ce": lambda x, W, y, **k: cross_entropy(F.linear(x, W), y, dtype=torch.float32, **k),
+        }
+        for rows in (16, 256, 1024):
+            every[f"{OURS}, {rows} rows"] = lambda *t, rows=rows, **k: linear_cross_entropy(
+                *t, chunk_rows=rows, dtype=torch.float32, **k
+            )
+        if hasattr(F, "linear_cross_entropy") and dtype != torch.float16:
+            for rows in (16, 256):
+                options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+                every[f"torch chunked, {rows} rows"] = lambda *t, o=options, **k: F.linear_cross_entropy(
+                    *t, options=o, **k
+                )
+        for name, loss in every.items():
+            table.add_row(name, *map(distance, results(loss, x, W), exact))
+        console.print(table)
+
+
 MEMORY = """
 import os, sys, torch, torch.nn.functional as F, fused_ce
 who, N, H, V = sys.argv[1], *map(int, sys.argv[2:])
@@ -215,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose line holds this text")
     parser.add_argument("--sweep", action="store_true", help="whether any size is slower, instead of the goals")
     parser.add_argument("--most", type=float, default=2e10, help="of a sweep, N * H * V [2e10]")
+    parser.add_argument("--accuracy", action="store_true", help="errors against float64, and no times")
     parser.add_argument("--memory", action="store_true", help="the peak beyond inputs and gradients alone")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
@@ -222,6 +267,9 @@ def main(argv: list[str] | None = None) -> int:
     facts["products"] = f"oneDNN: {', '.join(products.chosen()) or 'none'} {products.why_not()}".strip()
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
     content: dict[str, Any] = {"machine": facts}
+    if args.accuracy:
+        accuracy(console)
+        return 0
     if args.sweep:
         content["sweep"] = sweep(args, console)
     elif not args.memory:

@@ -8,6 +8,9 @@ processor, not a clock at run time: the same machine gives the same bits in ever
 from __future__ import annotations
 
 import functools
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -122,6 +125,27 @@ def why_not() -> str:
     if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return "torch was built without MKL"
     return _torch.why_no_linear()
+
+
+def rates() -> dict[str, tuple[float, float | None]]:
+    """GFLOP/s of each float32 product by torch.mm and by oneDNN (None: not to be called), of a chunk, here and now."""
+    n, H, V = 256, 512, 8192
+    x, W, g = (torch.full(shape, 0.5, device="cpu") for shape in ((n, H), (V, H), (n, V)))
+    factors = {LOGITS: (x, W.t()), INPUT_GRAD: (g, W), WEIGHT_GRAD: (g.t(), x)}
+
+    def rate(call: Callable[[], Tensor]) -> float:
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - start)
+        return 2 * n * H * V / best / 1e9
+
+    missing = _torch.why_no_linear()
+    return {
+        name: (rate(lambda: torch.mm(a, b)), None if missing else rate(lambda: _torch.linear(a, b.t(), None)))  # noqa: B023
+        for name, (a, b) in factors.items()
+    }
 
 
 def _family() -> int:
