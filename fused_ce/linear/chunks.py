@@ -7,14 +7,15 @@ It is handed a backend, and the logits of a chunk are an ordinary call of its co
 before the first chunk, so that each chunk's loss and gradient are final.
 
 On a CPU, ignored rows are left out before the products; elsewhere that would wait for the device, and their features
-become 0, so that what they hold reaches nothing. Sums over chunks are float32 (float64 for float64).
+become 0, so that what they hold reaches nothing. Sums over chunks are float32 (float64 for float64). Products are
+written into memory that is there (`out=`), which autocast leaves alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ from ..options import Options
 from . import products
 from .contract import LinearCall, LinearForward, LinearGradients, Wanted
 
-T = TypeVar("T")
 # Rows of a chunk. float32 products reach their speed at 256; the weight gradient of a 16-bit chunk is rounded, then
 # added to a float32 sum of V x H numbers, which more rows share; on a GPU that traffic hides from some 930 rows on.
 _ROWS, _ROWS_OF_16_BITS, _ROWS_ON_A_GPU = 256, 1024, 2048
@@ -61,21 +61,12 @@ def forward(call: LinearCall, backend: Backend, wanted: Wanted) -> LinearForward
     Raises:
         IndexError: a target out of range (CPU).
     """
-    return _undisturbed(call, lambda: _forward(call, backend, wanted))
+    return _torch.in_any_process(lambda: _forward(call, backend, wanted))
 
 
 def backward(call: LinearCall, backend: Backend, wanted: Wanted, upstream: Upstream) -> LinearGradients:
     """The gradients wanted for these upstream gradients, from the inputs alone."""
-    return _undisturbed(call, lambda: _backward(call, backend, wanted, upstream))
-
-
-def _undisturbed(call: LinearCall, work: Callable[[], T]) -> T:
-    """Without autocast, which would cast the loop's own products; in a forked child without threads that are not."""
-    kind = call.input.device.type
-    if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return _torch.in_any_process(work)
-    return _torch.in_any_process(work)
+    return _torch.in_any_process(lambda: _backward(call, backend, wanted, upstream))
 
 
 def _forward(call: LinearCall, backend: Backend, wanted: Wanted) -> LinearForward:
