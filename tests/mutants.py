@@ -74,7 +74,7 @@ PYTHON = [
     ("fused_ce/linear/autograd.py", "if ctx.fused and g_lse is None:", "if ctx.fused:", "tests/test_linear.py -k statistics"),
     ("fused_ce/linear/autograd.py", "        if not math.isfinite(ratio):\n            return None\n", "", "tests/test_linear_autograd.py -k not_finite"),
     ("fused_ce/linear/autograd.py", " and not _torch.has_hooks()", "", "tests/test_linear_autograd.py -k hooks"),
-    ("fused_ce/linear/autograd.py", "and (not narrow or options.grad_scale is not None)", "", "tests/test_linear.py -k float16"),
+    ("fused_ce/linear/autograd.py", "and (not narrow or options.grad_scale is not None)", "", "tests/test_linear_autograd.py -k float16"),
     ("fused_ce/linear/composite.py", "x = without_ignored(x,", "x = (lambda x, *_: x)(x,", "tests/test_linear.py -k reaches"),
     ("fused_ce/linear/products.py", "return dtype if _torch.has_products(dtype) else torch.float32", "return dtype", "tests/test_linear_gate.py -k widened"),
     ("fused_ce/linear/products.py", "out.add_(term) if v else out.copy_(term)", "out.copy_(term)", "tests/test_linear.py -k products"),

@@ -17,7 +17,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from fused_ce import linear_cross_entropy
-from fused_ce.linear import chunks
+from fused_ce.linear import chunks, products
 from fused_ce.options import Options
 
 TARGET = torch.tensor([1, -100, 3, 0])
@@ -250,3 +250,15 @@ def test_autocast(reduction: str) -> None:
         (first,) = torch.autograd.grad(loss.sum(), ours["input"], create_graph=True)
     assert all(torch.equal(inside[name], results[0][name]) for name in inside)
     assert torch.autograd.grad(first.float().pow(2).sum(), ours["linear_weight"])[0].dtype == f32
+
+
+def test_float16_products_keep_small_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided by a million rows before the loss scale comes, most of them would be zero."""
+    monkeypatch.setattr(products, "computed_in", lambda dtype, device: dtype)
+    case = Case("float16", dtype=torch.float16, options={"num_items": 1e6})
+    tensors = case.build()
+    exact = in_float64(tensors)
+    ours = gradients(case.ours(tensors, dtype=f32), tensors, 65536.0)
+    right = gradients(case.exact(exact), exact, 65536.0)
+    for name in right:
+        assert distance(ours[name], right[name]) <= 2e-3
