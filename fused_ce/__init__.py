@@ -1,8 +1,10 @@
-"""Cross entropy for PyTorch: loss and gradient in one pass over the logits, on CPU and GPU."""
+"""Cross entropy for PyTorch: loss and gradient in one pass over the logits, or from hidden states, on CPU and GPU."""
 
 from .backends.pool import empty_cache
 from .backends.triton.launch import check_targets
 from .functional import CrossEntropyOutput, cross_entropy
+from .linear.functional import linear_cross_entropy
+from .linear.module import LinearCrossEntropyLoss
 from .missing import warn as _warn
 from .module import CrossEntropyLoss
 
@@ -10,10 +12,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "LinearCrossEntropyLoss",
     "__version__",
     "check_targets",
     "cross_entropy",
     "empty_cache",
+    "linear_cross_entropy",
 ]
 
 _warn()

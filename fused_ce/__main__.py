@@ -18,6 +18,7 @@ from .backends import dispatch
 from .backends.cpu import _C
 from .backends.triton import self_check as first_look
 from .contract import Call
+from .linear import products
 from .options import Options
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -41,7 +42,7 @@ class Variant(NamedTuple):
 
 def main() -> int:
     line = ""
-    for part in (installed(), backends(), self_check()):
+    for part in (installed(), backends(), matrix_products(), self_check()):
         for line in part:
             print(line)
         print()
@@ -92,6 +93,22 @@ def backends() -> Iterator[str]:
     if forced := os.environ.get("FUSED_CE_BACKEND"):
         yield f"  FUSED_CE_BACKEND forces {forced!r}, of {', '.join(dispatch.BACKENDS)}; error: such calls raise"
     yield '  backend reference is slower than torch and runs only when asked for: backend="reference"'
+
+
+def matrix_products() -> Iterator[str]:
+    """Where `linear_cross_entropy` on the CPU has its products from, why, and how fast either is here."""
+    yield "Matrix products of linear_cross_entropy on the CPU, float32: GFLOP/s just measured"
+    for product, (torchs, onednn) in products.rates().items():
+        taken = "oneDNN" if product in products.chosen() else "torch.mm"
+        by_onednn = "not to be called" if onednn is None else f"{onednn:.0f}"
+        yield f"  {product:12} {taken:9} torch.mm {torchs:.0f}, oneDNN {by_onednn}"
+    why = (
+        products.why_not() or "AMD with AVX-512, which MKL leaves unused; by the processor's family, not by these rates"
+    )
+    yield f"  why: {why}"
+    for dtype in (torch.bfloat16, torch.float16):
+        widened = products.computed_in(dtype, torch.device("cpu")) != dtype
+        yield f"  {name(dtype)}: {'float32, for this processor has no such products' if widened else 'torch.mm'}"
 
 
 def self_check() -> Iterator[str]:

@@ -258,3 +258,41 @@ def mean_by_its_old_name() -> str:
     """torch still knows "elementwise_mean", and warns of it."""
     _warn_of_reduction("elementwise_mean")
     return "mean"
+
+
+# x @ W.T + bias by oneDNN, which torch's compiler calls it for; and whether it has 16-bit products for this processor.
+_linear: Callable[..., Tensor] | None = _find("ops.mkldnn._linear_pointwise")
+_HALF_PRODUCTS: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: _find("ops.mkldnn._is_mkldnn_bf16_supported", lambda: False),
+    torch.float16: _find("ops.mkldnn._is_mkldnn_fp16_supported", lambda: False),
+}
+
+# Whether torch.addmm takes 16-bit factors and a float32 sum, on CUDA.
+ADDS_IN_FLOAT32 = _find("ops.aten.addmm.dtype_out") is not None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (m, k), (n, k), (n,) -> (m, n)
+    """x @ weight.T + bias by oneDNN; any strides."""
+    assert _linear is not None
+    return _linear(x, weight, bias, "none", [], "")
+
+
+def why_no_linear() -> str:
+    """Why `linear` cannot be called, in words; "" if it can: once a process it is held against torch's own."""
+    if _linear is None or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this torch does not offer oneDNN's products"
+    try:
+        x, weight, bias = (torch.linspace(-1, 1, n, device="cpu") for n in (32 * 16, 48 * 16, 48))
+        x, weight = x.view(16, 32).t(), weight.view(16, 48).t()
+        right = torch.allclose(linear(x, weight, bias), torch.addmm(bias, x, weight.t()), rtol=1e-5, atol=1e-5)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        return f"this torch's oneDNN products are called differently ({str(error).splitlines()[0]})"
+    return "" if right else "oneDNN's products did not agree with torch.mm"
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether torch.mm of 16 bits on the CPU has kernels made for this processor."""
+    try:
+        return bool(_HALF_PRODUCTS[dtype]())
+    except RuntimeError:
+        return False

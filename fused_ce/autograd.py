@@ -74,7 +74,7 @@ class CrossEntropy(torch.autograd.Function):
                 ctx.waits = _Waits()
                 _thread.waits = weakref.ref(ctx.waits)
         if isinstance(options.num_items, Tensor) or isinstance(options.grad_scale, Tensor):
-            options = _frozen(options)
+            options = frozen(options)
         if input.is_inference():  # which autograd does not save; it is the target that wants a gradient
             input = input.clone()
         call = Call(input, target, weight, options)
@@ -152,7 +152,7 @@ def _check_unchanged(ctx: Any, logits: Tensor | None) -> None:
         )
 
 
-def _frozen(options: Options) -> Options:
+def frozen(options: Options) -> Options:
     """Backward reads these tensors again; a loss scaler may have changed its scale in place by then."""
     num_items, grad_scale = (
         value.detach().clone() if isinstance(value, Tensor) else value

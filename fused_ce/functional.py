@@ -181,7 +181,7 @@ def cross_entropy(
     if dtype is not None or grad_scale is not None or not options.is_plain:
         call = call._replace(options=check_keywords(options, getattr(input, "dtype", torch.float32)))
     loss, stats = _run(call, backend)
-    return _output(loss, stats, call) if return_stats else loss
+    return output(loss, stats, call) if return_stats else loss
 
 
 def _run(call: Call, backend: str | None) -> tuple[Tensor, Stats | None]:
@@ -208,7 +208,8 @@ def _wants_grad(call: Call) -> bool:
     return torch.is_grad_enabled() and (call.input.requires_grad or call.target.requires_grad)
 
 
-def _output(loss: Tensor, stats: Stats | None, call: Call) -> CrossEntropyOutput:
+def output(loss: Tensor, stats: Stats | None, call: Call) -> CrossEntropyOutput:
+    """The public result, from what a backend gave; of the logits it reads the shape alone."""
     assert stats is not None
     if not torch.compiler.is_compiling():
         return _torch.in_any_process(lambda: _reduced(loss, stats, call))

@@ -23,7 +23,7 @@ from .options import Options
 _CALL = "Tensor input, Tensor target, Tensor? weight"
 # The fields of Options but the last three, which a graph has no use for, and the backend's name. Numbers are tensors of
 # the CPU, None where one is the default: a graph would be made again for each new value of a float.
-_OPTIONS = (
+OPTIONS = (
     "SymInt ignore_index, Tensor? label_smoothing, Tensor? logit_scale, Tensor? softcap, Tensor? lse_square_scale, "
     "str reduction, ScalarType dtype, Tensor? num_items, str? backend"
 )
@@ -31,12 +31,12 @@ _DEFAULTS = Options()
 _LIBRARY: Any = torch.library.Library("fused_ce", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIBRARY.define(
-    f"forward({_CALL}, {_OPTIONS}, bool wants_grad, bool wants_stats)"
+    f"forward({_CALL}, {OPTIONS}, bool wants_grad, bool wants_stats)"
     " -> (Tensor loss, Tensor saved, Tensor lse, Tensor z_loss, Tensor argmax, Tensor entropy)",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    f"backward(Tensor? grad_output, Tensor? g_lse, {_CALL}, {_OPTIONS}, Tensor saved, bool wants_target)"
+    f"backward(Tensor? grad_output, Tensor? g_lse, {_CALL}, {OPTIONS}, Tensor saved, bool wants_target)"
     " -> (Tensor d_input, Tensor d_target)",
     tags=_TAGS,
 )
@@ -50,7 +50,7 @@ def traced(call: Call, backend: str | None, wants_grad: bool) -> tuple[Tensor, S
 
 
 def arguments(call: Call, backend: str | None) -> tuple[Any, ...]:
-    """The call as both operators take it: _CALL and _OPTIONS."""
+    """The call as both operators take it: _CALL and OPTIONS."""
     input, target, weight, options = call
     num_items = options.num_items
     if num_items is not None and not isinstance(num_items, Tensor):
@@ -64,7 +64,7 @@ def arguments(call: Call, backend: str | None) -> tuple[Any, ...]:
     return input, target, weight, options.ignore_index, *numbers, options.reduction, dtype, num_items, backend
 
 
-def _chosen(
+def chosen(
     input: Tensor, target: Tensor, weight: Tensor | None, fields: Sequence[Any], values: bool = True
 ) -> tuple[Call, Backend]:
     """The call and its backend, from the operators' arguments; without `values` the numbers of the call are unknown."""
@@ -81,10 +81,10 @@ def _chosen(
 
 def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *fields, wants_grad, wants_stats = rest
-    call, backend = _chosen(input, target, weight, fields)
+    call, backend = chosen(input, target, weight, fields)
     call = call._replace(options=call.options._replace(return_stats=wants_stats))
     loss, _, saved, stats = backend.forward(call, "recompute" if wants_grad else "loss")
-    return loss, _or_empty(saved, input), *(stats or [input.new_empty(0) for _ in Stats._fields])
+    return loss, or_empty(saved, input), *(stats or [input.new_empty(0) for _ in Stats._fields])
 
 
 def _backward(
@@ -96,23 +96,23 @@ def _backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     *fields, saved, wants_target = rest
-    call, backend = _chosen(input, target, weight, fields)
+    call, backend = chosen(input, target, weight, fields)
     input, target, weight = map(_torch.with_memory, call[:3])
     call = Call(input, target, weight, call.options)
     g_loss = input.new_zeros(()) if grad_output is None else grad_output
     upstream = Upstream(_torch.with_memory(g_loss), _torch.with_memory(g_lse))
     dx, dt = backend.backward(call, None, saved, upstream, True, wants_target)
-    return dx, _or_empty(dt, input)
+    return dx, or_empty(dt, input)
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     """An operator cannot return None."""
     return like.new_empty(0) if tensor is None else tensor
 
 
 def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *fields, wants_grad, wants_stats = rest
-    call, backend = _chosen(input, target, weight, fields, values=False)
+    call, backend = chosen(input, target, weight, fields, values=False)
     shape, options = call.row_shape, call.options
     loss = input.new_empty(shape if options.reduction == "none" else (), dtype=options.dtype)
     saved = input.new_empty(backend.saved_shape(call), dtype=torch.float64) if wants_grad else None
@@ -120,7 +120,7 @@ def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest: A
     if wants_stats:
         lse, z_loss, entropy = (input.new_empty(shape, dtype=call.acc) for _ in range(3))
         stats = [*Stats(lse, z_loss, input.new_empty(shape, dtype=torch.int64), entropy)]
-    return loss, _or_empty(saved, input), *stats
+    return loss, or_empty(saved, input), *stats
 
 
 def _backward_fake(
@@ -128,7 +128,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(input, memory_format=torch.contiguous_format)
     dt = torch.empty_like(target, memory_format=torch.contiguous_format) if rest[-1] else None
-    return dx, _or_empty(dt, input)
+    return dx, or_empty(dt, input)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,7 +145,7 @@ def _derivative(ctx: Any, grad_output: Tensor, _: Tensor, g_lse: Tensor, *__: Te
     of_lse = g_lse if ctx.wants_stats else None
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _torch.is_transformed(grad_output)):
         # Under a mode, but not in a graph: differentiable again.
-        call = _chosen(input, target, weight, ctx.options)[0]
+        call = chosen(input, target, weight, ctx.options)[0]
         call = call._replace(options=call.options._replace(return_stats=ctx.wants_stats))
         return *differentiable(call, gate.again, ctx.needs_input_grad, grad_output, of_lse), *nothing
     dx, dt = torch.ops.fused_ce.backward(grad_output, of_lse, input, target, weight, *ctx.options, saved, wants_target)

@@ -2,8 +2,10 @@
 
 import gzip
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,3 +160,11 @@ def test_demo_prints_tables_and_writes_the_picture(request, monkeypatch, capsys,
     assert f"runs {'its cpu kernels' if cpu._C else 'torch'}" in printed
     assert not re.search(r"[^\n -~]", printed), "control characters, though the output is no terminal"
     assert (tmp_path / "mnist_from_scratch.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_language_model_has_the_same_curve_with_either_loss():
+    command = [sys.executable, str(EXAMPLES / "language_model.py"), "--steps=2", "--vocabulary=500", "--files=5"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert float(re.search(r"furthest apart: (\S+) of the loss", printed)[1]) < 1e-5
+    assert len(re.findall(r"peak +\d+\.\d MB +\d+\.\d MB", printed)) == 1

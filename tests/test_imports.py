@@ -19,7 +19,15 @@ PACKAGE = Path(fused_ce.__file__).parent
 LAUNCHED = ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "self_check", "targets")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
-    "__init__": {"backends.pool", "backends.triton.launch", "functional", "missing", "module"},
+    "__init__": {
+        "backends.pool",
+        "backends.triton.launch",
+        "functional",
+        "linear.functional",
+        "linear.module",
+        "missing",
+        "module",
+    },
     "missing": set(),
     "module": {"functional"},
     "functional": {"_torch", "autograd", "gate", "ops"},
@@ -31,6 +39,24 @@ ARROWS = {
     "contract": set(),
     "options": set(),
     "_torch": set(),
+    "linear.__init__": set(),
+    "linear.module": {"functional", "linear.functional", "module"},
+    "linear.functional": {
+        "_torch",
+        "functional",
+        *(f"linear.{name}" for name in ("autograd", "chunks", "composite", "contract", "gate", "ops")),
+    },
+    "linear.gate": {"_torch", "gate", "linear.contract", "linear.products"},
+    "linear.ops": {"_torch", "linear.autograd", "linear.chunks", "linear.composite", "linear.contract", "ops"},
+    "linear.autograd": {
+        "_torch",
+        "autograd",
+        *(f"linear.{name}" for name in ("chunks", "composite", "contract", "products")),
+    },
+    "linear.composite": {"linear.contract", "linear.products", "operators"},
+    "linear.chunks": {"_torch", "backends.pool", "linear.contract", "linear.products"},
+    "linear.products": {"_torch"},
+    "linear.contract": set(),
     "backends.__init__": set(),
     "backends.dispatch": {"backends.cpu", "backends.reference", "backends.triton.launch"},
     "backends.reference": {"operators"},
@@ -76,7 +102,7 @@ def imports(module: str) -> tuple[set[str], set[str]]:
     return inside, outside - set(sys.stdlib_module_names)
 
 
-PACKAGES = {"fused_ce", "fused_ce.backends", "fused_ce.backends.triton"}
+PACKAGES = {"fused_ce", "fused_ce.backends", "fused_ce.backends.triton", "fused_ce.linear"}
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")

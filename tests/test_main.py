@@ -19,6 +19,7 @@ from fused_ce import __main__ as main
 from fused_ce.backends import cpu
 from fused_ce.backends.dispatch import BACKENDS
 from fused_ce.contract import Forward
+from fused_ce.linear import products
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,11 @@ def test_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(main, "DTYPES", (torch.float32,))
     assert main.main() == 1
     assert "FAIL: reference float32 (more than allowed). Please" in capsys.readouterr().out
+
+
+def test_says_where_products_come_from_and_why(printed: str) -> None:
+    part = printed.partition("Matrix products of linear_cross_entropy")[2].partition("\n\n")[0]
+    for product in (products.LOGITS, products.INPUT_GRAD, products.WEIGHT_GRAD):
+        assert f"{product} " in part
+        assert re.search(rf"{product} +{'oneDNN' if product in products.chosen() else 'torch.mm'}", part)
+    assert products.why_not() in part

@@ -45,7 +45,15 @@ def test_pyright(tmp_path: Path) -> None:
     assert {error["range"]["start"]["line"] + 1 for error in errors} == PLANTED
 
 
-@pytest.mark.parametrize(("file", "name"), [("functional.py", "cross_entropy"), ("module.py", "__init__")])
+SIGNATURES = [
+    ("functional.py", "cross_entropy"),
+    ("module.py", "__init__"),
+    ("linear/functional.py", "linear_cross_entropy"),
+    ("linear/module.py", "__init__"),
+]
+
+
+@pytest.mark.parametrize(("file", "name"), SIGNATURES)
 def test_overloads_repeat_the_signature(file: str, name: str) -> None:
     """Only return_stats (and self, which carries its meaning) may differ between the overloads."""
     spec = importlib.util.find_spec("fused_ce")
@@ -53,7 +61,7 @@ def test_overloads_repeat_the_signature(file: str, name: str) -> None:
     assert spec.origin is not None
     functions = [
         node
-        for node in ast.walk(ast.parse(Path(spec.origin).with_name(file).read_text()))
+        for node in ast.walk(ast.parse((Path(spec.origin).parent / file).read_text()))
         if isinstance(node, ast.FunctionDef) and node.name == name
     ]
     signatures = []

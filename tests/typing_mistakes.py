@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_ce
-from fused_ce import CrossEntropyLoss, CrossEntropyOutput, cross_entropy
+from fused_ce import (
+    CrossEntropyLoss,
+    CrossEntropyOutput,
+    LinearCrossEntropyLoss,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 
 def drop_in(x: Tensor, y: Tensor, w: Tensor | None, reduction: str, smoothing: float, flag: bool) -> list[Tensor]:
@@ -54,6 +60,23 @@ def keywords(x: Tensor, y: Tensor, flag: bool, backend: str | None, softcap: flo
     of_module: CrossEntropyOutput = CrossEntropyLoss(return_stats=True)(x, y)
     sums = [tensor.sum() for tensor in (*losses, loss, lse, *others, output.lse, of_module.entropy, of_module.loss)]
     return tuple(tensor.item() for tensor in sums) + (0.0,) * (isinstance(either, Tensor) + isinstance(also, Tensor))
+
+
+def linear(x: Tensor, w: Tensor, y: Tensor, flag: bool) -> list[Tensor]:
+    """Linear cross entropy: what torch's takes, and our keywords."""
+    output: CrossEntropyOutput = linear_cross_entropy(x, w, y, return_stats=True, softcap=30.0)
+    either: Tensor | CrossEntropyOutput = linear_cross_entropy(x, w, y, return_stats=flag)
+    of_module: CrossEntropyOutput = LinearCrossEntropyLoss(8, 5, return_stats=True)(x, y)
+    losses: list[Tensor] = [
+        F.linear_cross_entropy(x, w, y, linear_bias=None, ignore_index=None, label_smoothing=0.1),
+        linear_cross_entropy(x, w, y, linear_bias=None, ignore_index=None, label_smoothing=0.1),
+        linear_cross_entropy(x, w, y, options=nn.LinearCrossEntropyOptions(batch_chunk_size=8), reduction="sum"),
+        linear_cross_entropy(x, w, y, weight=w, dtype=torch.float32, num_items=3, grad_scale=2.0, chunk_rows=128),
+        nn.LinearCrossEntropyLoss(8, 5, bias=True, dtype=torch.float32)(x, y),
+        LinearCrossEntropyLoss(8, 5, bias=True, dtype=torch.float32)(x, y),
+        LinearCrossEntropyLoss(8, 5, loss_dtype=torch.float32, chunk_rows=128)(x, y, num_items=3),
+    ]
+    return [*losses, output.lse, of_module.loss, either if isinstance(either, Tensor) else either.loss]
 
 
 def chosen(own: bool) -> nn.CrossEntropyLoss:
@@ -107,3 +130,10 @@ def mistakes(x: Tensor, y: Tensor, flag: bool) -> None:
     CrossEntropyLoss(return_stats=True)(x, y).item()  # mistake
     fused_ce.cross_entropy_loss(x, y)  # mistake
     fused_ce.check_targets(x)  # mistake
+    linear_cross_entropy(x, y)  # mistake
+    linear_cross_entropy(x, x, y, x)  # mistake
+    linear_cross_entropy(x, x, y, bias=x)  # mistake
+    linear_cross_entropy(x, x, y, chunk_rows="8")  # mistake
+    print(linear_cross_entropy(x, x, y).lse)  # mistake
+    LinearCrossEntropyLoss(8)  # mistake
+    LinearCrossEntropyLoss(8, 5)(x)  # mistake

@@ -5,8 +5,10 @@ The variable FUSED_CE_POOL says how many bytes may stay idle for the next one; 0
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,15 +56,27 @@ if _C is not None:
 
 def empty_like(tensor: Tensor) -> Tensor:
     """A contiguous tensor of the same shape and dtype on the CPU, of any content."""
-    if tensor.nbytes >= SMALLEST:
-        lent = _C.empty(tensor.shape, DTYPES[tensor.dtype])
-        if lent is not None:
-            result = from_dlpack(lent)
-            make_resizable(result)
-            return result
+    if tensor.nbytes >= SMALLEST and (lent := _lent(tensor.shape, tensor.dtype)) is not None:
+        return lent
     if tensor.is_contiguous():
         return torch.empty_like(tensor)  # naming a format takes as long as the memory
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of any content on the CPU."""
+    if math.prod(shape) * dtype.itemsize >= SMALLEST and (lent := _lent(shape, dtype)) is not None:
+        return lent
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _lent(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    lent = None if _C is None else _C.empty(shape, DTYPES[dtype])
+    if lent is None:
+        return None
+    result = from_dlpack(lent)
+    make_resizable(result)
+    return result
 
 
 def empty_cache() -> None:

@@ -1,0 +1,159 @@
+"""The autograd Function of linear cross entropy: what forward makes, what backward finds, and its own derivatives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..autograd import frozen
+from ..contract import Backend, Stats, Upstream
+from . import chunks, composite, products
+from .contract import LinearCall, LinearGradients, Wanted
+
+_INPUT, _LINEAR_WEIGHT, _TARGET, _LINEAR_BIAS, _WEIGHT, *_GRADIENTS = range(8)  # what is saved, in order
+_NOTHING = (None,) * 9  # of the Function's arguments
+_PLACES = (0, 1, 3)  # among them, of the three that get a gradient
+
+
+def with_gradient(call: LinearCall, backend: Backend) -> tuple[Tensor, Stats | None]:
+    """The loss, part of autograd's graph, and the statistics if asked for."""
+    outputs = _apply(*call, backend)
+    return (outputs[0], Stats(*outputs[1:])) if call.options.return_stats else (outputs, None)
+
+
+def is_fused(call: LinearCall) -> bool:
+    """Whether forward can make gradients that backward only has to scale.
+
+    float16 logits flush a gradient that is already divided by N to zero, unless a loss scale is known.
+    """
+    options = call.options
+    narrow = products.computed_in(call.product_dtype, call.input.device) == torch.float16
+    return options.reduction != "none" and (not narrow or options.grad_scale is not None)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Linear cross entropy by chunks; exact when differentiated again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,  # (N, H)
+        linear_weight: Tensor,  # (V, H)
+        target: Tensor,  # (N,) or (N, V)
+        linear_bias: Tensor | None,  # (V,)
+        weight: Tensor | None,  # (V,)
+        *rest: Any,
+    ) -> Any:
+        *others, backend = rest
+        call = LinearCall(input, linear_weight, target, linear_bias, weight, *others)
+        if isinstance(call.options.num_items, Tensor) or isinstance(call.options.grad_scale, Tensor):
+            call = call._replace(options=frozen(call.options))
+        wanted = Wanted(*(ctx.needs_input_grad[i] for i in _PLACES))
+        # Hooks that free or move what is saved are to see the inputs alone.
+        fused = is_fused(call) and not _torch.has_hooks()
+        loss, gradients, stats = chunks.forward(call, backend, wanted if fused else Wanted(False, False, False))
+        ctx.save_for_backward(*call[:5], *gradients)
+        ctx.others, ctx.backend, ctx.fused = call[5:], backend, fused
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (input, linear_weight, linear_bias)]
+        ctx.set_materialize_grads(False)
+        if stats is None:
+            return loss
+        ctx.mark_non_differentiable(stats.z_loss, stats.argmax, stats.entropy)
+        return loss, *stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
+        if grad_output is None and g_lse is None:
+            return _NOTHING
+        read = _torch.saved(ctx)
+        wanted = Wanted(*(ctx.needs_input_grad[i] for i in _PLACES))
+        # create_graph=True, or a transform of this backward: only differentiable operators will do.
+        if torch.is_grad_enabled() or _torch.is_transformed(grad_output) or _torch.is_transformed(g_lse):
+            return _placed(composite.gradients(_call(ctx, read), grad_output, g_lse, wanted))
+        if ctx.fused and g_lse is None:
+            assert grad_output is not None
+            made = LinearGradients(*(read(i) if want else None for i, want in zip(_GRADIENTS, wanted, strict=True)))
+            options, keep = ctx.others[0], _torch.keeps_graph()
+            # The inputs are not read: they may have changed since.
+            found = scaled(made, ctx.dtypes, grad_output, options.grad_scale, keep)
+            if found is not None:
+                return _placed(found)
+        call = _call(ctx, read)
+        g_loss = call.input.new_zeros(()) if grad_output is None else _torch.with_memory(grad_output)
+        found = chunks.backward(call, ctx.backend, wanted, Upstream(g_loss, _torch.with_memory(g_lse)))
+        return _placed(rounded(found, call))
+
+
+_apply = _torch.apply_of(LinearCrossEntropy)
+
+
+def scaled(
+    made: LinearGradients,
+    dtypes: list[torch.dtype | None],  # to round to
+    upstream: Tensor,  # ()
+    expected: float | Tensor | None,  # (), what forward assumed; None: 1
+    keep: bool,  # whether they are needed again as they are
+) -> LinearGradients | None:
+    """The gradients that forward made, for the upstream gradient that came, rounded once; None: forward has to run
+    again.
+
+    On a CPU alone it is known whether there is anything to do, and whether the factor is finite.
+    """
+    ratio: float | Tensor
+    if chunks.can_wait(upstream):
+        ratio = _torch.with_memory(upstream).item()
+        if expected is not None:
+            ratio = ratio / _as_it_arrives(expected, upstream.dtype)
+        if not math.isfinite(ratio):
+            return None
+    else:
+        ratio = upstream.double() if expected is None else upstream.double() / expected
+    return LinearGradients(
+        *(
+            None if grad is None else _times(grad, ratio, dtype or grad.dtype, keep)
+            for grad, dtype in zip(made, dtypes, strict=True)
+        )
+    )
+
+
+def _times(grad: Tensor, ratio: float | Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    if not isinstance(ratio, Tensor) and ratio == 1.0:
+        return grad.to(dtype, copy=keep)
+    if dtype.itemsize > grad.itemsize:  # autocast's products, for wider parameters
+        grad, keep = grad.to(dtype), False
+    if not isinstance(ratio, Tensor):
+        return (grad * ratio if keep else grad.mul_(ratio)).to(dtype)
+    ratio = ratio.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+    return torch.mul(grad, ratio, out=torch.empty_like(grad, dtype=dtype) if keep or grad.dtype != dtype else grad)
+
+
+def _as_it_arrives(expected: float | Tensor, dtype: torch.dtype) -> float:
+    """A hint, rounded as the upstream gradient is."""
+    rounded: float = torch.as_tensor(expected, dtype=torch.float64, device="cpu").to(dtype).item()
+    return rounded or math.nan
+
+
+def rounded(found: LinearGradients, call: LinearCall) -> LinearGradients:
+    """Each gradient in its tensor's dtype."""
+    tensors = (call.input, call.linear_weight, call.linear_bias)
+    return LinearGradients(
+        *(None if grad is None or of is None else grad.to(of.dtype) for grad, of in zip(found, tensors, strict=True))
+    )
+
+
+def _call(ctx: Any, read: Any) -> LinearCall:
+    """The call as forward saw it.
+
+    Raises:
+        RuntimeError: one of its tensors was changed in place or freed since.
+    """
+    return LinearCall(*(_torch.with_memory(read(i)) for i in range(5)), *ctx.others)
+
+
+def _placed(found: LinearGradients) -> tuple[Tensor | None, ...]:
+    dx, dW, db = found
+    return dx, dW, None, db, *_NOTHING[4:]
