@@ -30,7 +30,7 @@ template <class F, bool MANY> struct RowGroup {
   I largest;        // the class, for statistics
   I finds_y;        // all bits set where the class to leave out is still looked for, under probabilities
   Labels<F> labels;
-  ShiftedLanes<A> shifted;
+  MinusLanes<A> minus_m;
   V p_scale, scale, dz_y, lse_m;  // what the gradients need of RowTerms and GradFactors
 
   static INLINE int64_t room(const Call& call) { return call.C < MOST_KEPT ? call.C : MOST_KEPT; }
@@ -114,7 +114,7 @@ template <class F, bool MANY> struct RowGroup {
   template <bool KEEP> INLINE void add_chunk(bool wants_stats) {
     const bool probs = F::DENSE && of->probs;
     const Pair<V> m = this->m;
-    const ShiftedLanes<A> shifted = this->shifted;
+    const MinusLanes<A> minus_m = this->minus_m;
     const int64_t count = this->count();
     V *const z = this->z, *const q = this->q();
     I y = labels.y - Index(start_of_chunk()), finds_y = this->finds_y;
@@ -136,7 +136,7 @@ template <class F, bool MANY> struct RowGroup {
           finds_y = is_y ? I{} : finds_y;
           y = is_y ? I{} + Index(i) : y;
         }
-        const V e_c = shifted.exp(z_c, F::CHANGED);
+        const V e_c = minus_m.exp(z_c, F::CHANGED);
         z_y.high = is_y ? z_c.high : z_y.high;
         if constexpr (F::CHANGED) z_y.low = is_y ? z_c.low : z_y.low;
         V q_c = {};
@@ -171,7 +171,7 @@ template <class F, bool MANY> struct RowGroup {
   INLINE void end_sums(const Call& call) {
     RowSums<V> sums;
     sums.m = sums.q_y = sums.q_others = sums.q_drop = sums.e_drop = V{};
-    sums.so = (this->sums.so + lost[0]) * shifted.unit;
+    sums.so = (this->sums.so + lost[0]) * minus_m.unit;
     sums.z_y = minus<F>(z_y, m);
     if constexpr (F::DENSE)
       sums.q_y = this->sums.q_y, sums.q_others = this->sums.q_others, sums.q_drop = this->sums.q_drop;
@@ -179,7 +179,7 @@ template <class F, bool MANY> struct RowGroup {
     if (call.weight && !call.probs)
       sums.q_y += A(1 - call.options.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
     else sums.q_y += own_q<A>(call, 0);
-    if (call.stats) sums.e_drop = this->sums.e_drop * shifted.unit;
+    if (call.stats) sums.e_drop = this->sums.e_drop * minus_m.unit;
     const RowTerms<V, A> row(sums, m.high + m.low);
     if (call.loss) {
       const V loss = labels.counted ? row_loss(row, call) : V{};
@@ -194,7 +194,7 @@ template <class F, bool MANY> struct RowGroup {
     const GradFactors<V, A> factors(row, call, scales.scale, of_lse);
     const bool capped = F::CHANGED && call.options.softcap > 0;
     const V k = capped ? splat(A(1)) : splat(A(call.options.logit_scale));
-    p_scale = k * factors.p_scale * shifted.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
+    p_scale = k * factors.p_scale * minus_m.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
     lse_m = row.lse_m;
   }
 
@@ -202,11 +202,11 @@ template <class F, bool MANY> struct RowGroup {
     const bool capped = F::CHANGED && call.options.softcap > 0;
     const V p_scale = this->p_scale, scale = this->scale, dz_y = this->dz_y;
     const V *const z = this->z, *const q = this->q();
-    const ShiftedLanes<A> shifted = this->shifted;
+    const MinusLanes<A> minus_m = this->minus_m;
     const I y = labels.y - Index(start_of_chunk()), counted = labels.counted;
     StridedRows<F>(call, call.grad, part)
         .write(reinterpret_cast<T*>(this->q()), [&](int64_t i) LAMBDA {  // never ahead of q
-          V e_c = KEPT ? z[i] : shifted.exp(z_of(i), F::CHANGED), q_c = {};
+          V e_c = KEPT ? z[i] : minus_m.exp(z_of(i), F::CHANGED), q_c = {};
           if constexpr (F::DENSE) q_c = q[i];
           V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
           dx_c = y == Index(i) ? dz_y : dx_c;
@@ -275,7 +275,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
       groups[g].for_each_chunk([&]() LAMBDA {  // of MANY, this makes m too
         if (call.stats) groups[g].find_largest(best);
       });
-      groups[g].shifted = ShiftedLanes<A>(groups[g].m, groups[g].scales.powers);
+      groups[g].minus_m = MinusLanes<A>(groups[g].m, groups[g].scales.powers);
       groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(call.stats); });
     }
     for (int g = 0; g < count; g++) groups[g].end_sums(call);

@@ -273,7 +273,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
   m.attr("compiler") = "g++ " __VERSION__;
 #endif
-  m.def("saved_columns", saved_columns);
+  m.attr("few_classes") = FEW_CLASSES;
   m.attr("stats_size") = sizeof(Stats) / sizeof(double);
 #ifdef _OPENMP
   m.attr("openmp") = true;

@@ -32,8 +32,6 @@ namespace {
 constexpr int64_t HUGE_PAGE = 1 << 21;
 constexpr int64_t KEPT_SCRATCH = 1 << 22;  // bytes of a thread's, between calls
 
-// Up to this many classes a row's vectors are so few that lanes across rows win.
-constexpr int64_t FEW_CLASSES = 384;
 // From this many rows side by side in memory on, lanes across them win, where their classes lie apart.
 constexpr int64_t FEW_ROWS = 16;
 

@@ -7,6 +7,9 @@ namespace fused_ce {
 // Always inlined: a copy compiled for one instruction set must not be the one that the linker keeps for all.
 #define FUSED_CE_INLINE inline __attribute__((always_inline))
 
+// Up to this many classes a row's vectors are so few that lanes across rows win.
+constexpr int64_t FEW_CLASSES = 384;
+
 enum class DType : int { float32, float64, bfloat16, float16, int64, uint8 };
 enum class Reduction : int { none, mean, sum };
 

@@ -9,6 +9,7 @@ from .options import Options
 
 openmp: bool  # False: built without OpenMP, so on one thread only
 compiler: str
+few_classes: int  # rows of up to so many leave nothing to backward
 stats_size: int  # doubles a row
 
 def isa_names() -> list[str]:
@@ -19,9 +20,6 @@ def isa() -> str:
 
 def set_isa(name: str) -> None:
     """Take one of `isa_names()`, as the variable FUSED_CE_ISA does at import. ValueError for any other name."""
-
-def saved_columns(classes: int, probs: bool) -> int:
-    """How many numbers of a row forward leaves to backward."""
 
 def combine(sums: RowSums, after: RowSums, probs: bool, /) -> tuple[float, ...]:
     """`formula.combine` of numbers, as the instruction set in use compiles it."""

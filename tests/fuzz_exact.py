@@ -102,8 +102,7 @@ def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
     a = np.abs(q).sum(1)
     loss, z_loss = part.sum(1), L * lse**2 if L else np.zeros(R, real)
     z_size = np.where(counted, np.abs(L) * (2 * np.abs(lse) * (np.abs(m) + lse_m) + lse**2), 0) if L else np.zeros(R)
-    # As with lse below: where the target is not the top, the top's exponential of 1 is in the sum.
-    z_bound = eps * (4 * z_size + np.abs(L * lse) * (4 * moved + 2 * (y != top))) if L else np.zeros(R)
+    z_bound = eps * (4 * z_size + 4 * np.abs(L * lse) * moved) if L else np.zeros(R)
     loss_bound = eps * (4 * size + a * (rest * lse_m / 2 + 2 * moved)) + 4 * tiny * (1 + a)
 
     D: Any = 1.0

@@ -114,29 +114,29 @@ template <class A> struct Shifted {
   }
 };
 
-// The same for rows in lanes, each with its m. The factor is known to acc's precision: `unit` is it, times the power
-// of 2.
-template <class A> struct ShiftedLanes {
+// exp(z - m) for z <= m of rows in lanes, each with its m, in units of `unit`, a power of 2. Rounding z - m would cost
+// exp a relative |z - m| 2^-24, 25 ULP at -50: the rounded-off part is given back (Knuth's two-sum). A shift as above
+// would leave a factor in each lane, rounded in acc: the largest logit's exponential would not be exactly 1 any more.
+template <class A> struct MinusLanes {
   typedef Constants<A> K;
   typedef typename Simd<A>::V V;
-  V base, base_low, lowest, t_0, unit;
+  Pair<V> m;
+  V lowest, t_0, unit;
 
-  ShiftedLanes() = default;
-  INLINE ShiftedLanes(const Pair<V>& m, V headroom) {
-    const auto near = (m.high < K::near) & (m.high > -K::near);
-    const V rest = near ? m.high : V{};
-    base = near ? V{} : m.high, base_low = near ? V{} : m.low;
-    V t;  // of -m, so that exp(shift - m) comes without a division
-    const V reduced = expm1_reduced<A>(-rest, near ? -m.low : V{}, &t);
-    lowest = rest + (K::lowest - headroom * A(0.69314718055994530942));
-    t_0 = 2 * K::round - t - headroom;
-    unit = multiply_power(reduced, K::round - headroom, splat(K::round));
-  }
+  MinusLanes() = default;
+  INLINE MinusLanes(const Pair<V>& m, V headroom)
+      : m(m),
+        lowest(K::lowest - headroom * A(0.69314718055994530942)),
+        t_0(K::round - headroom),
+        unit(multiply_power(V{}, t_0, splat(K::round))) {}
   INLINE V exp(const Pair<V>& z, bool changed) const {
-    const V x = z.high - base;
-    if (!changed) return exp_above<A>(x, V{}, lowest, t_0);
-    const V low = z.low - base_low, sum = x + low;
-    return exp_above<A>(sum, low - (sum - x), lowest, t_0);
+    const V d = z.high - m.high, minus_m = d - z.high;
+    V rest = (z.high - (d - minus_m)) - (m.high + minus_m);
+    if (!changed) return exp_above<A>(d, rest, lowest, t_0);
+    rest += z.low - m.low;
+    const V sum = d + rest;  // the low part of a large z is not small beside d
+    const V result = exp_above<A>(sum, rest - (sum - d), lowest, t_0);
+    return d < lowest ? V{} : result;  // minus infinity has no rest
   }
 };
 

@@ -64,7 +64,7 @@ def is_common(call: Call) -> bool:
 
 def saved_shape(call: Call) -> tuple[int, ...]:
     """(columns, rows): m, so, q_others, and the largest logit under probabilities; nothing of few classes."""
-    return _C.saved_columns(call.classes, call.has_probs), call.rows
+    return 0 if call.classes <= _C.few_classes else 3 + call.has_probs, call.rows
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
@@ -108,7 +108,7 @@ def backward(
     """See `contract.Backend`."""
     input, target, weight, options = call
     # One number: of a reduced loss, or expanded, as that of a sum over the losses is.
-    one_for_all = not any(upstream.loss.stride()) and call.rows > 0
+    one_for_all = upstream.loss.dim() == 0 or (not any(upstream.loss.stride()) and call.rows > 0)
     scale = upstream.loss.as_strided((), ()).item() if one_for_all else 1.0
     if grad is not None:
         # Once more, for what has come: the first was right only for what was expected.
