@@ -180,7 +180,7 @@ template <class F, bool MANY> struct RowGroup {
       sums.q_y += A(1 - call.options.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
     else sums.q_y += own_q<A>(call, 0);
     if (call.stats) sums.e_drop = this->sums.e_drop * minus_m.unit;
-    const RowTerms<V, A> row(sums, m.high + m.low);
+    const RowTerms<V, A> row(sums, m.high + m.low, F::DENSE && call.probs);
     if (call.loss) {
       const V loss = labels.counted ? row_loss(row, call) : V{};
       if (call.rounds_loss) store_first(static_cast<T*>(call.loss) + part.first, loss, part.n);

@@ -125,8 +125,9 @@ template <class N, class A> struct RowTerms {
   const RowSums<N>& sums;
   N e_y, lse_m, lse;  // exp(z_y - m), lse - m
 
-  INLINE explicit RowTerms(const RowSums<N>& sums, N base = N{}) : sums(sums) {
-    e_y = exp_of(sums.z_y - sums.m);
+  // `largest`: y is known for a class with the largest z, so that exp(0), or NaN, needs no exponential.
+  INLINE explicit RowTerms(const RowSums<N>& sums, N base = N{}, bool largest = false) : sums(sums) {
+    e_y = largest ? 1 + (sums.z_y - sums.m) : exp_of(sums.z_y - sums.m);
     lse_m = log1p_of(sums.so + (e_y - 1));
     lse = base + sums.m + lse_m;
   }
