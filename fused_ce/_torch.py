@@ -262,19 +262,17 @@ def mean_by_its_old_name() -> str:
 
 # x @ W.T + bias by oneDNN, which torch's compiler calls it for; and whether it has 16-bit products for this processor.
 _linear: Callable[..., Tensor] | None = _find("ops.mkldnn._linear_pointwise")
-_HALF_PRODUCTS: dict[torch.dtype, Callable[[], bool]] = {
-    torch.bfloat16: _find("ops.mkldnn._is_mkldnn_bf16_supported", lambda: False),
-    torch.float16: _find("ops.mkldnn._is_mkldnn_fp16_supported", lambda: False),
-}
+_has_bfloat16_products: Callable[[], bool] = _find("ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+_has_float16_products: Callable[[], bool] = _find("ops.mkldnn._is_mkldnn_fp16_supported", lambda: False)
 
 # Whether torch.addmm takes 16-bit factors and a float32 sum, on CUDA.
 ADDS_IN_FLOAT32 = _find("ops.aten.addmm.dtype_out") is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (m, k), (n, k), (n,) -> (m, n)
-    """x @ weight.T + bias by oneDNN; any strides."""
+    """x @ weight.T + bias by oneDNN; any strides, of which it does not heed the bias's."""
     assert _linear is not None
-    return _linear(x, weight, bias, "none", [], "")
+    return _linear(x, weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
 def why_no_linear() -> str:
@@ -290,9 +288,29 @@ def why_no_linear() -> str:
     return "" if right else "oneDNN's products did not agree with torch.mm"
 
 
-def has_products(dtype: torch.dtype) -> bool:
-    """Whether torch.mm of 16 bits on the CPU has kernels made for this processor."""
+def _says_yes(question: Callable[[], bool]) -> bool:
     try:
-        return bool(_HALF_PRODUCTS[dtype]())
+        return bool(question())
     except RuntimeError:
         return False
+
+
+# Asked at import, because torch.compile cannot look into the questions.
+_HALF_PRODUCTS = {
+    torch.bfloat16: _says_yes(_has_bfloat16_products),
+    torch.float16: _says_yes(_has_float16_products),
+}
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether torch.mm of 16 bits on the CPU has kernels made for this processor."""
+    return _HALF_PRODUCTS[dtype]
+
+
+def surely(condition: Any) -> bool:
+    """The condition, or False where the sizes of a graph that is being traced leave it open."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    # Found when it is needed: torch imports that module when it first compiles.
+    decide: Callable[[Any], bool] = _find("fx.experimental.symbolic_shapes.guard_or_false", bool)
+    return decide(condition)

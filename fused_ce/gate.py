@@ -6,6 +6,7 @@ torch's to judge, in its own words and with its own derivatives.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -59,13 +60,24 @@ def tell(call: Call, name: str | None) -> None:
     why = _unusual(call)
     if not why and _is_ordinary(call) and _takes_weight(call):
         why = dispatch.reasons(call)
+    called, level = _call_site()
     # Of the line that called: Python tells each line once.
     warnings.warn(
-        "fused_ce.cross_entropy ran torch's own operators, which is slower and takes more memory; inplace, grad_scale "
+        f"fused_ce.{called} ran torch's own operators, which is slower and takes more memory; inplace, grad_scale "
         f"and backend have no effect on them. The kernels declined: {why or 'they do not take these tensors'}.",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=level,
     )
+
+
+def _call_site() -> tuple[str, int]:
+    """Which of the package's losses was called, and how far above the caller of this the call stands."""
+    called, level, frame = "cross_entropy", 0, sys._getframe(1)
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
+        if frame.f_code.co_name == "linear_cross_entropy":
+            called = "linear_cross_entropy"
+        frame, level = frame.f_back, level + 1
+    return called, level + 1
 
 
 def composite(call: Call) -> tuple[Tensor, Stats | None]:
@@ -185,7 +197,7 @@ def _with_loss_dtype(call: Call) -> Call:
     input, target, _, options = call
     own = input.dtype
     dtype = options.dtype or own
-    if dtype in _HALVES and torch.is_autocast_enabled(input.device.type):
+    if dtype in _HALVES and not input.is_meta and torch.is_autocast_enabled(input.device.type):
         dtype = torch.float32
     if target.dtype in FLOATS:
         dtype = torch.promote_types(dtype, target.dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HAS_TRITON, Backend
-from linear_cases import CASES, Case, bf16, distance, f16, f32, f64, gradients, in_float64
+from linear_cases import CASES, Case, H, V, bf16, distance, f16, f32, f64, gradients, in_float64
 from torch import Tensor
 
 from fused_ce import CrossEntropyOutput, _torch, cross_entropy, linear_cross_entropy
@@ -155,6 +155,30 @@ def test_either_products(product: tuple[str, ...], monkeypatch: pytest.MonkeyPat
         # oneDNN sums more terms of the weight's gradient one after another than MKL does.
         most = 1.5 if product and name == "linear_weight" else 1.2
         assert distance(ours[name], right[name]) <= most * distance(theirs[name], right[name]), name
+
+
+@pytest.mark.parametrize("product", [(), (products.LOGITS,)], ids=str)
+def test_a_bias_of_any_stride(product: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN reads a bias as if it were contiguous, beyond its memory."""
+    if product and _torch.why_no_linear():
+        pytest.skip(_torch.why_no_linear())
+    monkeypatch.setattr(products, "chosen", lambda: product)
+    seed = torch.Generator().manual_seed(0)
+    x, W = torch.randn(32, 200, generator=seed), torch.randn(5000, 200, generator=seed) / 14
+    y, b = torch.randint(5000, (32,), generator=seed), torch.randn(10000, generator=seed)
+    for bias in (b[::2], b[:1].expand(5000), b[:5000].view(50, 100).t().reshape(-1), b.view(5000, 2)[:, 1]):
+        found = linear_cross_entropy(x, W, y, linear_bias=bias, chunk_rows=32)
+        torch.testing.assert_close(found, F.cross_entropy(F.linear(x, W, bias.clone()), y), rtol=1e-5, atol=0)
+
+
+def test_gradients_of_no_rows() -> None:
+    for dtype, keywords in ((f32, {"return_stats": True}), (torch.float16, {"reduction": "sum"})):
+        input, W = torch.ones(0, H, dtype=dtype, requires_grad=True), torch.ones(V, H, dtype=dtype, requires_grad=True)
+        found: Any = linear_cross_entropy(input, W, torch.ones(0).long(), chunk_rows=8, **keywords)  # type: ignore[call-overload]
+        value = found.lse.sum() if "return_stats" in keywords else found
+        for tensor, gradient in zip((input, W), torch.autograd.grad(value, (input, W)), strict=True):
+            assert gradient.shape == tensor.shape
+            assert not gradient.any()
 
 
 def test_the_loss_of_16_bits_is_summed_in_float32() -> None:

@@ -212,6 +212,25 @@ def test_what_falls_back_says_so() -> None:
         torch.func.grad(lambda i: linear_cross_entropy(i, W, y(4), softcap=5.0))(x(4, 3))
 
 
+def test_a_fallback_is_told_of_the_line_that_called() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        linear_cross_entropy(*(tensor.to("meta") for tensor in (x(2, 2, 3), W, y(2, 2))), softcap=5.0)
+    assert [warning.filename for warning in told] == [__file__]
+    assert "fused_ce.linear_cross_entropy ran" in str(told[0].message)
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+def test_meta_tensors_have_the_shape_of_a_loss(dtype: torch.dtype, chunk_rows: int | None) -> None:
+    input, weight, target = (t.to("meta") for t in (x(4, 3).to(dtype), W.to(dtype), y(4)))
+    input.requires_grad_()
+    for reduction, shape in (("mean", ()), ("none", (4,))):
+        loss = linear_cross_entropy(input, weight, target, reduction=reduction, chunk_rows=chunk_rows)
+        assert (loss.shape, loss.dtype, loss.is_meta) == (shape, dtype, True)
+        assert torch.autograd.grad(loss.sum(), input)[0].shape == (4, 3)
+
+
 @in_torch
 def test_module() -> None:
     ours = LinearCrossEntropyLoss(3, 5, bias=True, dtype=f64, label_smoothing=0.1)

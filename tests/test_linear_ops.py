@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import p, w, x
+from calls import p, w, x, y
 from cases import EVERYTHING
 from oracle import composed
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_ce import LinearCrossEntropyLoss, linear_cross_entropy
@@ -86,6 +87,44 @@ def test_compiled_with_frozen_weights_other_sizes_and_bfloat16() -> None:
             torch.testing.assert_close(found, right, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_with_no_keyword_at_all(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="eager")
+    call = x(4, 3).to(dtype), x(5, 3).to(dtype), TARGET
+    torch.testing.assert_close(compiled(*call), linear_cross_entropy(*call))
+
+
+def test_one_graph_for_all_batch_sizes() -> None:
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda i, W, y: linear_cross_entropy(i, W, y, chunk_rows=3), fullgraph=True, backend=counter, dynamic=True
+    )
+    for N in (11, 13, 17, 19, 23):
+        call = x(N, 3), x(5, 3), torch.arange(N) % 5
+        torch.testing.assert_close(compiled(*call), linear_cross_entropy(*call), rtol=1e-12, atol=0)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1 << 18])
+def test_rows_that_nobody_has_counted_yet(chunk_rows: int | None) -> None:
+    """A graph does not know how many rows a mask leaves."""
+
+    def loss(i: Tensor, W: Tensor, y: Tensor) -> Tensor:
+        kept = (y != -100).nonzero().squeeze(1)
+        return linear_cross_entropy(i[kept], W, y[kept], chunk_rows=chunk_rows)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    # So many that the bounds alone do not tell whether the call is small.
+    call = x(2**20, 3), x(5, 3).requires_grad_(), TARGET.repeat(2**18)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*call)
+        torch.testing.assert_close(found, loss(*call), rtol=1e-12, atol=0)
+        same = [torch.autograd.grad(value, call[1])[0] for value in (found, loss(*call))]
+    torch.testing.assert_close(*same, rtol=1e-12, atol=0)
+
+
 def test_compiled_statistics() -> None:
     def loss(f: Any) -> Any:
         def run(*tensors: Tensor) -> Tensor:
@@ -149,6 +188,20 @@ def test_export() -> None:
     exported = torch.export.export(model, (x(4, 3),))
     assert any("fused_ce.linear_forward" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x(4, 3)), model(x(4, 3)), rtol=1e-12, atol=0)
+
+
+def test_export_of_any_batch_size() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = LinearCrossEntropyLoss(3, 5, dtype=torch.float64, chunk_rows=4)
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return self.loss(input, target)
+
+    model, n = Model(), torch.export.Dim("n", min=2, max=1000)
+    exported = torch.export.export(model, (x(11, 3), y(11)), dynamic_shapes=({0: n}, {0: n}))
+    torch.testing.assert_close(exported.module()(x(31, 3), y(31)), model(x(31, 3), y(31)), rtol=1e-12, atol=0)
 
 
 def test_a_second_derivative_of_a_compiled_graph_is_refused() -> None:

@@ -31,8 +31,20 @@ def is_fused(call: LinearCall) -> bool:
     float16 logits flush a gradient that is already divided by N to zero, unless a loss scale is known.
     """
     options = call.options
-    narrow = products.computed_in(call.product_dtype, call.input.device) == torch.float16
-    return options.reduction != "none" and (not narrow or options.grad_scale is not None)
+    return options.reduction != "none" and (not _is_narrow(call) or options.grad_scale is not None)
+
+
+def _is_narrow(call: LinearCall) -> bool:
+    return products.computed_in(call.product_dtype, call.input.device) == torch.float16
+
+
+def _without_absurd_hint(call: LinearCall) -> LinearCall:
+    """The call without a grad_scale that its sums cannot hold, and that no upstream gradient can therefore have."""
+    hint = call.options.grad_scale
+    info = torch.finfo(torch.float64 if call.product_dtype == torch.float64 else torch.float32)
+    if hint is None or isinstance(hint, Tensor) or info.tiny <= hint <= info.max:
+        return call
+    return call._replace(options=call.options._replace(grad_scale=None))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -49,7 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         *rest: Any,
     ) -> Any:
         *others, backend = rest
-        call = LinearCall(input, linear_weight, target, linear_bias, weight, *others)
+        call = _without_absurd_hint(LinearCall(input, linear_weight, target, linear_bias, weight, *others))
         if isinstance(call.options.num_items, Tensor) or isinstance(call.options.grad_scale, Tensor):
             call = call._replace(options=frozen(call.options))
         wanted = Wanted(*(ctx.needs_input_grad[i] for i in _PLACES))
@@ -57,7 +69,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         fused = is_fused(call) and not _torch.has_hooks()
         loss, gradients, stats = chunks.forward(call, backend, wanted if fused else Wanted(False, False, False))
         ctx.save_for_backward(*call[:5], *gradients)
-        ctx.others, ctx.backend, ctx.fused = call[5:], backend, fused
+        ctx.others, ctx.backend, ctx.fused, ctx.narrow = call[5:], backend, fused, _is_narrow(call)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (input, linear_weight, linear_bias)]
         ctx.set_materialize_grads(False)
         if stats is None:
@@ -79,7 +91,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             made = LinearGradients(*(read(i) if want else None for i, want in zip(_GRADIENTS, wanted, strict=True)))
             options, keep = ctx.others[0], _torch.keeps_graph()
             # The inputs are not read: they may have changed since.
-            found = scaled(made, ctx.dtypes, grad_output, options.grad_scale, keep)
+            found = scaled(made, ctx.dtypes, grad_output, options.grad_scale, keep, ctx.narrow)
             if found is not None:
                 return _placed(found)
         call = _call(ctx, read)
@@ -97,18 +109,21 @@ def scaled(
     upstream: Tensor,  # ()
     expected: float | Tensor | None,  # (), what forward assumed; None: 1
     keep: bool,  # whether they are needed again as they are
+    narrow: bool,  # whether they were float16 on the way
 ) -> LinearGradients | None:
     """The gradients that forward made, for the upstream gradient that came, rounded once; None: forward has to run
     again.
 
-    On a CPU alone it is known whether there is anything to do, and whether the factor is finite.
+    On a CPU alone it is known whether there is anything to do, and whether the factor will do.
     """
     ratio: float | Tensor
     if chunks.can_wait(upstream):
         ratio = _torch.with_memory(upstream).item()
         if expected is not None:
             ratio = ratio / _as_it_arrives(expected, upstream.dtype)
-        if not math.isfinite(ratio):
+        # What was too small or too large for its dtype stays zero or infinite, whatever it is multiplied by.
+        most = 8.0 if narrow else 2.0**64
+        if not (1 / most <= math.fabs(ratio) <= most or (ratio == 0 and expected is None)):
             return None
     else:
         ratio = upstream.double() if expected is None else upstream.double() / expected
@@ -132,9 +147,9 @@ def _times(grad: Tensor, ratio: float | Tensor, dtype: torch.dtype, keep: bool) 
 
 
 def _as_it_arrives(expected: float | Tensor, dtype: torch.dtype) -> float:
-    """A hint, rounded as the upstream gradient is."""
+    """A hint, rounded as the upstream gradient is; NaN where nothing is left of it to divide by."""
     rounded: float = torch.as_tensor(expected, dtype=torch.float64, device="cpu").to(dtype).item()
-    return rounded or math.nan
+    return rounded if rounded and math.isfinite(rounded) else math.nan
 
 
 def rounded(found: LinearGradients, call: LinearCall) -> LinearGradients:

@@ -114,7 +114,9 @@ def gradient_dtypes(call: LinearCall) -> tuple[torch.dtype, torch.dtype, torch.d
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     # Out of float16 that was widened, float32: a gradient divided by many rows is too small for float16. The product of
     # an only chunk is rounded once as it is.
-    return (acc if dtype == acc else call.input.dtype), (dtype if len(call.input) <= _most_rows(call) else acc), acc
+    if dtype == acc:  # in which case a graph is not bound to how many rows there are
+        return acc, acc, acc
+    return call.input.dtype, (dtype if call.input.shape[0] <= _most_rows(call) else acc), acc
 
 
 def _most_rows(call: LinearCall) -> int:

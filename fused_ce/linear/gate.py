@@ -88,7 +88,7 @@ def judge(
         ValueError, NotImplementedError: see `dispatch.choose`.
         RuntimeError: a tensor's storage was freed.
     """
-    if _is_small(input, linear_weight, chunk_rows):
+    if not (input.is_cpu or input.is_cuda) or _is_small(input, linear_weight, chunk_rows):
         return None
     factors = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
     if not all(_is_plain(tensor) and tensor.dtype in FLOATS for tensor in factors):
@@ -96,11 +96,13 @@ def judge(
     if any(tensor.device != input.device for tensor in (*factors, target)) or target.requires_grad:
         return None
     dtype, N = _product_dtype(factors), input.shape[0]
-    if dtype is None or N == 0 or target.shape not in (input.shape[:1], (N, linear_weight.shape[0])):
+    if dtype is None or _torch.surely(N == 0) or target.shape not in (input.shape[:1], (N, linear_weight.shape[0])):
         return None
     # The backend judges a row of logits, which takes no memory: all that matters is its shape and dtype.
     row = input.new_zeros((), dtype=dtype).expand(1, linear_weight.shape[0])
-    seen, backend = gate.judge(Call(row, target[:1], weight, options), name)
+    # While compiling, whether there is a first row to take may be open.
+    of_row = target.new_zeros(1, *target.shape[1:]) if torch.compiler.is_compiling() else target[:1]
+    seen, backend = gate.judge(Call(row, of_row, weight, options), name)
     if backend is None:
         return None
     options = seen.options._replace(dtype=seen.options.dtype or dtype)
@@ -120,7 +122,7 @@ def _is_small(input: Tensor, linear_weight: Tensor, chunk_rows: int | None) -> b
     if chunk_rows is not None or not input.is_cpu or products.computed_in(input.dtype, input.device) != input.dtype:
         return False
     logits = input.shape[0] * linear_weight.shape[0]
-    return logits <= _LOGITS and logits * input.shape[1] <= _MULTIPLICATIONS
+    return _torch.surely(logits <= _LOGITS) and _torch.surely(logits * input.shape[1] <= _MULTIPLICATIONS)
 
 
 def _product_dtype(factors: list[Tensor]) -> torch.dtype | None:

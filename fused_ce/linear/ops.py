@@ -52,7 +52,8 @@ def _call(tensors: Sequence[Any], rest: Sequence[Any], values: bool = True) -> t
     input, linear_weight, target, _, weight = tensors
     *fields, product_dtype, chunk_rows = rest
     row = input.new_zeros((), dtype=product_dtype).expand(1, linear_weight.shape[0])
-    seen, backend = ops.chosen(row, target[:1], weight, fields, values)
+    of_row = target.new_zeros(1, *target.shape[1:])  # target[:1] asks a graph whether there is one
+    seen, backend = ops.chosen(row, of_row, weight, fields, values)
     return LinearCall(*tensors, seen.options, product_dtype, chunk_rows), backend  # type: ignore[call-arg]
 
 
