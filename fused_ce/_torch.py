@@ -6,9 +6,7 @@ costs a copy, but is never wrong.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -55,7 +53,7 @@ _is_wrapped: Callable[[Tensor], bool] = _find("_C._functorch.is_functorch_wrappe
 _unwrap_if_dead: Callable[[Tensor], Tensor] = _find("_C._functorch.unwrap_if_dead", lambda tensor: tensor)
 
 # Swaps all that two storages hold. Without it, the memory of a tensor made elsewhere cannot be resized.
-_swap: Callable[[Any, Any], None] | None = _find("UntypedStorage._swap_data_ptr_")
+swap: Callable[[Any, Any], None] | None = _find("UntypedStorage._swap_data_ptr_")
 
 _PID = os.getpid()
 T = TypeVar("T")
@@ -188,39 +186,6 @@ def with_memory(tensor: Any) -> Any:  # Tensor | None
         f"storage, got one of shape {tuple(tensor.shape)} whose storage was freed (resized to 0 bytes, as FSDP and "
         "offloading do). Bring it back first, or keep it until backward has run."
     )
-
-
-def can_make_resizable() -> bool:
-    """Whether `make_resizable` does what it says."""
-    return _swap is not None
-
-
-def make_resizable(tensor: Tensor) -> None:
-    """Let `tensor.untyped_storage().resize_` work although the memory was made elsewhere: FSDP frees gradients so.
-
-    torch keeps the Python object of a storage, and with it this attribute, for as long as the storage lives. A subclass
-    of UntypedStorage would not be copied or pickled by torch.
-    """
-    if _swap is None:
-        return
-    storage = tensor.untyped_storage()
-    known, address = weakref.ref(storage), storage.data_ptr()
-
-    def resize_(size: int) -> Any:
-        storage = known()
-        assert storage is not None
-        # Unless it was resized before, or moved to shared memory.
-        if not storage.resizable() and storage.data_ptr() == address:
-            ours: Any = torch.UntypedStorage(size, device="cpu")  # type: ignore[no-untyped-call]
-            # Not copy_: a forked child would wait for the threads of it.
-            ctypes.memmove(ours.data_ptr(), address, min(size, storage.nbytes()))
-            nothing: Any = torch.UntypedStorage(0, device="cpu")  # type: ignore[no-untyped-call]
-            _swap(storage, nothing)  # of two sizes that differ one must be 0
-            _swap(storage, ours)
-            return storage
-        return torch.UntypedStorage.resize_(storage, size)
-
-    storage.resize_ = resize_  # type: ignore[method-assign]
 
 
 def in_any_process(work: Callable[[], T]) -> T:

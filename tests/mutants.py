@@ -82,11 +82,11 @@ PYTHON = [
     ("fused_ce/linear/products.py", "return dtype if _torch.has_products(dtype) else torch.float32", "return dtype", "tests/test_linear_gate.py -k widened"),
     ("fused_ce/linear/products.py", "out.add_(term) if v else out.copy_(term)", "out.copy_(term)", "tests/test_linear.py -k products"),
     # The pool
-    ("fused_ce/backends/pool.py", "    make_resizable(result)", "    pass", "tests/test_pool_uses.py"),
+    ("fused_ce/backends/pool.py", "    _make_resizable(result)", "    pass", "tests/test_pool_uses.py"),
     ("fused_ce/backends/pool.py", "asked.isascii() and ", "", "tests/test_pool.py -k malformed"),
     ("fused_ce/backends/pool.py", "(resource.RLIMIT_AS, resource.RLIMIT_DATA)", "(resource.RLIMIT_AS,)", "tests/test_pool.py -k limited"),
-    ("fused_ce/_torch.py", "known, address = weakref.ref(storage),", "known, address = (lambda: storage),", "tests/test_pool_uses.py -k cycle"),
-    ("fused_ce/_torch.py", " and storage.data_ptr() == address:", ":", "tests/test_pool_uses.py -k shared"),
+    ("fused_ce/backends/pool.py", "known, address = weakref.ref(storage),", "known, address = (lambda: storage),", "tests/test_pool_uses.py -k cycle"),
+    ("fused_ce/backends/pool.py", " and storage.data_ptr() == address:", ":", "tests/test_pool_uses.py -k shared"),
     ("fused_ce/backends/cpu.py", "dt = pool.empty_like(target) if", "dt = torch.empty_like(target) if", "tests/test_pool.py -k probabilities"),
     # The formula
     ("fused_ce/formula.py", "torch.where(held, z.gather(-1, at).squeeze(-1), -torch.inf)", "z.gather(-1, at).squeeze(-1)", "tests/test_row_sums.py -k formula"),

@@ -5,9 +5,11 @@ The variable FUSED_CE_POOL says how many bytes may stay idle for the next one; 0
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from .._torch import can_make_resizable, make_resizable
+from .._torch import swap
 
 _C: Any
 try:
@@ -45,7 +47,7 @@ def _most_idle() -> int:
 
     # What is idle counts against these limits, and no other allocator would know how to get it back.
     limits = (resource.getrlimit(of)[0] for of in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    if any(limit != resource.RLIM_INFINITY for limit in limits) or not can_make_resizable():
+    if any(limit != resource.RLIM_INFINITY for limit in limits) or swap is None:
         return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
@@ -75,8 +77,36 @@ def _lent(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     if lent is None:
         return None
     result = from_dlpack(lent)
-    make_resizable(result)
+    _make_resizable(result)
     return result
+
+
+def _make_resizable(tensor: Tensor) -> None:
+    """Let `tensor.untyped_storage().resize_` work although the memory was made elsewhere: FSDP frees gradients so.
+
+    torch keeps the Python object of a storage, and with it this attribute, for as long as the storage lives. A subclass
+    of UntypedStorage would not be copied or pickled by torch.
+    """
+    if swap is None:
+        return
+    storage = tensor.untyped_storage()
+    known, address = weakref.ref(storage), storage.data_ptr()
+
+    def resize_(size: int) -> Any:
+        storage = known()
+        assert storage is not None
+        # Unless it was resized before, or moved to shared memory.
+        if not storage.resizable() and storage.data_ptr() == address:
+            ours: Any = torch.UntypedStorage(size, device="cpu")  # type: ignore[no-untyped-call]
+            # Not copy_: a forked child would wait for the threads of it.
+            ctypes.memmove(ours.data_ptr(), address, min(size, storage.nbytes()))
+            nothing: Any = torch.UntypedStorage(0, device="cpu")  # type: ignore[no-untyped-call]
+            swap(storage, nothing)  # of two sizes that differ one must be 0
+            swap(storage, ours)
+            return storage
+        return torch.UntypedStorage.resize_(storage, size)
+
+    storage.resize_ = resize_  # type: ignore[method-assign]
 
 
 def empty_cache() -> None:
