@@ -35,11 +35,9 @@ double real(PyObject* from) {
   return value;
 }
 
-// A tensor with its classes along `class_dim`, or without them (-1); or None.
-View view(PyObject* tensor, int class_dim, DType last, const Call& call) {
+// A tensor with its classes along `class_dim`, or without them (-1).
+View view(const tensors::Tensor& seen, int class_dim, const Call& call) {
   View result{};
-  if (tensor == Py_None) return result;
-  const tensors::Tensor seen = tensors::read(tensor, last);
   result.data = seen.data;
   if (!result.data && call.rows > 0) refuse("expected the address of a tensor's elements, got 0");
   result.dtype = seen.ours;
@@ -51,6 +49,14 @@ View view(PyObject* tensor, int class_dim, DType last, const Call& call) {
     (is_class ? result.class_stride : result.strides[d++]) = seen.strides[i];
   }
   if (d != call.dims.rank || class_dim >= seen.dims) refuse("dimensions of input and target differ");
+  return result;
+}
+
+// Of a gradient, which is None where none is wanted, and else of the dtype of what it belongs to.
+View view_of_grad(PyObject* tensor, const View& of, int class_dim, const Call& call) {
+  if (tensor == Py_None) return {};
+  const View result = view(tensors::read(tensor, DType::float16), class_dim, call);
+  if (result.data && result.dtype != of.dtype) refuse("expected a gradient of its tensor's dtype");
   return result;
 }
 
@@ -80,12 +86,9 @@ Options options_of(PyObject* fields) {
 }
 
 Reduction reduction_of(PyObject* options) {
-  PyObject* const name = item(options, 5);
-  if (!PyUnicode_Check(name)) refuse("expected the name of a reduction");
-  if (PyUnicode_CompareWithASCIIString(name, "mean") == 0) return Reduction::mean;
-  if (PyUnicode_CompareWithASCIIString(name, "sum") == 0) return Reduction::sum;
-  if (PyUnicode_CompareWithASCIIString(name, "none") == 0) return Reduction::none;
-  refuse("reduction must be none, mean or sum");
+  Reduction found;
+  if (!tensors::find_reduction(item(options, 5), found)) refuse("reduction must be none, mean or sum");
+  return found;
 }
 
 DType acc_of(const Call& call) { return call.input.dtype == DType::float64 ? DType::float64 : DType::float32; }
@@ -105,14 +108,12 @@ Call make_call(PyObject* input, PyObject* target, PyObject* weight, PyObject* op
     call.rows *= logits.sizes[i];
   }
   if (call.C < 1) refuse("expected at least one class, got " + std::to_string(call.C));
-  call.input = view(input, class_dim, DType::float16, call);
-  const DType kind = tensors::read(target, DType::uint8).ours;
-  call.probs = kind < DType::int64;
-  call.target = view(target, call.probs ? class_dim : -1, kind, call);
-  call.grad = view(grad, class_dim, DType::float16, call);
-  if (call.grad.data && call.grad.dtype != call.input.dtype) refuse("expected a gradient of the input's dtype");
-  call.d_target = view(d_target, class_dim, DType::float16, call);
-  if (call.d_target.data && call.d_target.dtype != kind) refuse("expected a gradient of the target's dtype");
+  call.input = view(logits, class_dim, call);
+  const tensors::Tensor labels = tensors::read(target, DType::uint8);
+  call.probs = labels.ours < DType::int64;
+  call.target = view(labels, call.probs ? class_dim : -1, call);
+  call.grad = view_of_grad(grad, call.input, class_dim, call);
+  call.d_target = view_of_grad(d_target, call.target, class_dim, call);
   if (call.dims.rank == 0) call.dims.sizes[call.dims.rank++] = 1;
   call.across = lanes_across_rows(call);
   if (call.rows > 0) merge_dims(call);
@@ -120,6 +121,11 @@ Call make_call(PyObject* input, PyObject* target, PyObject* weight, PyObject* op
   call.options = options_of(options);
   call.scale = 1;
   return call;
+}
+
+double* saved_of(PyObject* tensor, const Call& call) {
+  const int64_t count = saved_columns(call.C, call.probs) * call.rows;
+  return static_cast<double*>(tensors::elements(tensor, count, DType::float64));
 }
 
 template <class Work> PyObject* run(const Call& call, PyObject* threads, Work work) {
@@ -163,8 +169,7 @@ PyObject* forward_py(Arguments given) {
   call.scale = real(given[5]);
   const DType dtype = tensors::read(given[6], DType::float16).ours;
   void* const loss = tensors::elements(given[6], reduction == Reduction::none ? call.rows : 1, dtype);
-  call.saved =
-      static_cast<double*>(tensors::elements(given[8], saved_columns(call.C, call.probs) * call.rows, DType::float64));
+  call.saved = saved_of(given[8], call);
   constexpr int64_t FIELDS = sizeof(Stats) / sizeof(double);
   call.stats = static_cast<Stats*>(tensors::elements(given[9], FIELDS * call.rows, DType::float64));
   return run(call, given[10], [&](int threads) { return forward(call, reduction, num_items, loss, dtype, threads); });
@@ -180,8 +185,7 @@ PyObject* backward_py(Arguments given) {
   call.upstream = tensors::elements(given[5], call.rows, acc_of(call));
   call.scale = real(given[6]);
   call.g_lse = tensors::elements(given[7], call.rows, acc_of(call));
-  call.saved =
-      static_cast<double*>(tensors::elements(given[10], saved_columns(call.C, call.probs) * call.rows, DType::float64));
+  call.saved = saved_of(given[10], call);
   return run(call, given[11], [&](int threads) { return backward(call, reduction, num_items, threads); });
 }
 

@@ -7,13 +7,13 @@ namespace fused_ce {
 // Always inlined: a copy compiled for one instruction set must not be the one that the linker keeps for all.
 #define FUSED_CE_INLINE inline __attribute__((always_inline))
 
-// Up to this many classes a row's vectors are so few that lanes across rows win.
-constexpr int64_t FEW_CLASSES = 384;
-
 enum class DType : int { float32, float64, bfloat16, float16, int64, uint8 };
 enum class Reduction : int { none, mean, sum };
 
 constexpr int MAX_DIMS = 8;
+
+// Up to this many classes a row's vectors are so few that lanes across rows win.
+constexpr int64_t FEW_CLASSES = 384;
 
 // Classes whose exponentials a thread keeps from the sums to the gradient; of longer rows the logits are read again.
 constexpr int64_t MOST_KEPT = 1 << 16;   // rows in lanes

@@ -39,9 +39,7 @@ bool any_is_at_work(PyObject* watchers) {
   return false;
 }
 
-bool is_text(PyObject* value, const char* text) {
-  return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
-}
+bool is_on_cpu(const Tensor& seen) { return seen.device.type == dlpack::CPU.type; }
 
 // A tensor whose elements the kernels can read where they lie.
 bool is_plain(PyObject* tensor, Tensor& seen) {
@@ -50,8 +48,7 @@ bool is_plain(PyObject* tensor, Tensor& seen) {
     PyErr_Clear();
     return false;
   }
-  if (seen.device.type != dlpack::CPU.type || seen.dims > MAX_DIMS || !dlpack::find(seen.dtype, seen.ours))
-    return false;
+  if (!is_on_cpu(seen) || seen.dims > MAX_DIMS || !dlpack::find(seen.dtype, seen.ours)) return false;
   if (uintptr_t(seen.data) < LEAST_ADDRESS) return false;
   const bool is_float = seen.ours < DType::int64;
   return !is_float || !is_true(PyObject_CallMethodNoArgs(tensor, is_neg));
@@ -67,7 +64,8 @@ bool are_common(PyObject* options, int64_t& ignore_index, double& smoothing) {
   ignore_index = PyLong_AsLongLongAndOverflow(field(0), &overflow);
   smoothing = PyFloat_AS_DOUBLE(field(1));
   if (overflow || smoothing > 1 || PyFloat_AS_DOUBLE(field(2)) != 1 || PyFloat_AS_DOUBLE(field(4)) != 0) return false;
-  if (!is_text(field(5), "mean") && !is_text(field(5), "sum") && !is_text(field(5), "none")) return false;
+  Reduction reduction;
+  if (!find_reduction(field(5), reduction)) return false;
   for (const int i : {3, 6, 7, 8})  // softcap, dtype, num_items, grad_scale
     if (field(i) != Py_None) return false;
   return field(9) == Py_False && field(10) == Py_False;  // inplace, return_stats
@@ -100,7 +98,7 @@ Tensor read(PyObject* tensor, DType last) {
     throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(tensor)->tp_name);
   Tensor seen{};
   if (api->read(tensor, &seen)) throw py::error_already_set();
-  if (seen.device.type != dlpack::CPU.type) throw py::value_error("expected a tensor on the cpu");
+  if (!is_on_cpu(seen)) throw py::value_error("expected a tensor on the cpu");
   if (seen.dims > MAX_DIMS)
     throw py::value_error("expected at most " + std::to_string(MAX_DIMS) + " dimensions, got " +
                           std::to_string(seen.dims));
@@ -121,6 +119,16 @@ void* elements(PyObject* tensor, int64_t count, DType dtype) {
   if (found != count || seen.ours != dtype || (found && !(contiguous && seen.data)))
     throw py::value_error("expected " + std::to_string(count) + " contiguous elements of the dtype in _C.pyi");
   return seen.data;
+}
+
+bool find_reduction(PyObject* name, Reduction& found) {
+  if (!PyUnicode_Check(name)) return false;
+  const auto is = [&](const char* text) { return PyUnicode_CompareWithASCIIString(name, text) == 0; };
+  if (is("mean")) found = Reduction::mean;
+  else if (is("sum")) found = Reduction::sum;
+  else if (is("none")) found = Reduction::none;
+  else return false;
+  return true;
 }
 
 bool is_common(PyObject* call, PyObject* watchers, PyObject* of_halves) {

@@ -19,6 +19,9 @@ Tensor read(PyObject* tensor, DType last);
 // The address of a contiguous tensor of `count` elements; null for None.
 void* elements(PyObject* tensor, int64_t count, DType dtype);
 
+// "none", "mean" or "sum"; false: something else.
+bool find_reduction(PyObject* name, Reduction& found);
+
 // Whether a call (contract.Call) is as most are, so that nothing else need be asked about it: torch's plain tensors on
 // the CPU, of dtypes and shapes that fit, with memory; options that torch's cross entropy knows, as torch takes them;
 // and none of `watchers`, functions without arguments, says that something is at work; nor, for logits of 16 bits, of

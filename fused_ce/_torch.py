@@ -28,8 +28,8 @@ def _find(path: str, otherwise: Any = None) -> Any:
 transforms_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: True)
 
 # Modes that watch torch's functions and operators, and what records them for torch.jit.trace (where changes in place
-# would go unseen, that is always said to be at work). A default device is such
-# a mode too, one that only looks at functions that make tensors.
+# would go unseen, that is always said to be at work). A default device is such a mode too, one that only looks at
+# functions that make tensors.
 _function_modes: Callable[[], int] = _find("_C._len_torch_function_stack", lambda: -1)
 _function_mode: Callable[[int], object] = _find("_C._get_function_stack_at", lambda i: None)
 _DEVICE_CONTEXT = "torch.utils._device"  # the module of its class

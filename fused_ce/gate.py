@@ -208,7 +208,7 @@ def _with_loss_dtype(call: Call) -> Call:
 def _is_ordinary(call: Call) -> bool:
     """Plain strided tensors and options that torch accepts; all else is torch's to judge, in its own words."""
     input, target, weight, options = call
-    if not (_is_plain(input) and _is_plain(target) and input.dtype in FLOATS and type(options.ignore_index) is int):
+    if not (is_strided(input) and is_strided(target) and input.dtype in FLOATS and type(options.ignore_index) is int):
         return False
     shape, labels, kind = input.shape, target.shape, target.dtype
     rank = len(shape)
@@ -222,7 +222,7 @@ def _is_ordinary(call: Call) -> bool:
         fits = kind in _INDICES and rank == 1 and len(labels) == 0
     if weight is not None:
         classes = shape[:1] if rank == 1 else shape[1:2]
-        fits = fits and _is_plain(weight) and weight.shape == classes and weight.dtype in FLOATS
+        fits = fits and is_strided(weight) and weight.shape == classes and weight.dtype in FLOATS
         fits = fits and not weight.requires_grad
     return (
         fits
@@ -249,7 +249,7 @@ def _has_plain_memory(call: Call) -> bool:
     if torch.compiler.is_compiling() or _torch.under_transforms():
         return False
     tensors = [call.input, call.target] if call.weight is None else [call.input, call.target, call.weight]
-    return all(_is_plain(tensor) and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
+    return all(is_strided(tensor) and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
 
 
 def _with_memory(call: Call) -> Call:
@@ -266,6 +266,7 @@ def _with_memory(call: Call) -> Call:
     return call if x is input and t is target and w is weight else Call(x, t, w, options)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_strided(tensor: Tensor) -> bool:
+    """Whether it is torch's own strided tensor, not a subclass of it."""
     # While compiling, the tensors that stand for the real ones are of other types.
     return (type(tensor) in _PLAIN or torch.compiler.is_compiling()) and tensor.layout is torch.strided

@@ -116,11 +116,15 @@ def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest: A
     shape, options = call.row_shape, call.options
     loss = input.new_empty(shape if options.reduction == "none" else (), dtype=options.dtype)
     saved = input.new_empty(backend.saved_shape(call), dtype=torch.float64) if wants_grad else None
-    stats = [input.new_empty(0) for _ in Stats._fields]
-    if wants_stats:
-        lse, z_loss, entropy = (input.new_empty(shape, dtype=call.acc) for _ in range(3))
-        stats = [*Stats(lse, z_loss, input.new_empty(shape, dtype=torch.int64), entropy)]
-    return loss, or_empty(saved, input), *stats
+    return loss, or_empty(saved, input), *fake_stats(input, shape, call.acc, wants_stats)
+
+
+def fake_stats(like: Tensor, shape: Sequence[int], acc: torch.dtype, wanted: bool) -> list[Tensor]:
+    """What stands for the statistics of rows while a graph is traced; empty where they are not wanted."""
+    if not wanted:
+        return [like.new_empty(0) for _ in Stats._fields]
+    lse, z_loss, entropy = (like.new_empty(shape, dtype=acc) for _ in range(3))
+    return [*Stats(lse, z_loss, like.new_empty(shape, dtype=torch.int64), entropy)]
 
 
 def _backward_fake(
@@ -152,17 +156,22 @@ def _derivative(ctx: Any, grad_output: Tensor, _: Tensor, g_lse: Tensor, *__: Te
     return dx, dt if wants_target else None, *nothing
 
 
-for _name, _kernel, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake)):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_ce::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("fused_ce::forward", _derivative, setup_context=_save, lib=_LIBRARY)
+def register(
+    library: Any, kind: str, kernels: Sequence[Any], fakes: Sequence[Any], derivative: Any, save: Any, called: str
+) -> None:
+    """Give the operators `kind`forward and `kind`backward their kernels, fakes and derivatives, in that order each."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"expected one derivative of a compiled or exported fused_ce.{called}, got a second one: "
+            "call it outside torch.compile for double backward"
+        )
+
+    for name, kernel, fake in zip((f"{kind}forward", f"{kind}backward"), kernels, fakes, strict=True):
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fused_ce::{name}", fake, lib=library)
+    torch.library.register_autograd(f"fused_ce::{kind}forward", derivative, setup_context=save, lib=library)
+    torch.library.register_autograd(f"fused_ce::{kind}backward", refuse, lib=library)
 
 
-def _refuse(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        "expected one derivative of a compiled or exported fused_ce.cross_entropy, got a second one: "
-        "call it outside torch.compile for double backward"
-    )
-
-
-torch.library.register_autograd("fused_ce::backward", _refuse, lib=_LIBRARY)
+register(_LIBRARY, "", (_forward, _backward), (_forward_fake, _backward_fake), _derivative, _save, "cross_entropy")

@@ -48,6 +48,12 @@ class Options(NamedTuple):
         """torch reads a smoothing that is not above zero (NaN too) as none."""
         return self.label_smoothing if self.label_smoothing > 0 else 0.0
 
+    def expected(self, dtype: torch.dtype) -> float:
+        """The upstream gradient to expect on a CPU, rounded as it will arrive: in `dtype`, the loss's."""
+        if self.grad_scale is None:
+            return 1.0
+        return torch.as_tensor(self.grad_scale, dtype=torch.float64, device="cpu").to(dtype).item()
+
 
 def check_keywords(options: Options, logits: torch.dtype = torch.float32) -> Options:
     """Refuse values of the keywords that torch does not have; torch judges its own.

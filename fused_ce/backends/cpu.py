@@ -92,7 +92,7 @@ def _forward(call: Call, schedule: Schedule, into: Tensor | None) -> Forward:
         _in_acc(weight, call),
         options,
         _num_items(options),
-        _expected(options, dtype),
+        options.expected(dtype),
         loss,
         grad,
         saved,
@@ -139,7 +139,7 @@ def rescale(
     grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool
 ) -> Tensor | None:
     """See `contract.Backend`; `exactly`: 16 bits would be rounded twice, and what is too small for 32 or 64 already."""
-    given, expected = upstream.item(), _expected(options, upstream.dtype)
+    given, expected = upstream.item(), options.expected(upstream.dtype)
     if given == expected:
         return _torch.in_any_process(grad.clone) if keep else grad
     ratio = given / expected if expected != 0 and math.isfinite(expected) else math.nan
@@ -158,13 +158,6 @@ def _multiplied(grad: Tensor, ratio: float, target: Tensor, options: Options, ke
         grad = grad * factor if keep else grad.mul_(factor)
         keep = False
     return grad if math.isfinite(ratio) else grad.masked_fill_(operators.ignored(grad, target, options), 0)
-
-
-def _expected(options: Options, dtype: torch.dtype) -> float:
-    """The upstream gradient to expect, rounded as it will arrive: in the loss's dtype."""
-    if options.grad_scale is None:
-        return 1.0
-    return torch.as_tensor(options.grad_scale, dtype=torch.float64, device="cpu").to(dtype).item()
 
 
 def _stats(table: Tensor, call: Call) -> Stats:  # (rows, 4) float64

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _torch
 from ..autograd import frozen
 from ..contract import Backend, Stats, Upstream
+from ..options import Options
 from . import chunks, composite, products
 from .contract import LinearCall, LinearGradients, Wanted
 
@@ -91,7 +92,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             made = LinearGradients(*(read(i) if want else None for i, want in zip(_GRADIENTS, wanted, strict=True)))
             options, keep = ctx.others[0], _torch.keeps_graph()
             # The inputs are not read: they may have changed since.
-            found = scaled(made, ctx.dtypes, grad_output, options.grad_scale, keep, ctx.narrow)
+            found = scaled(made, ctx.dtypes, grad_output, options, keep, ctx.narrow)
             if found is not None:
                 return _placed(found)
         call = _call(ctx, read)
@@ -107,7 +108,7 @@ def scaled(
     made: LinearGradients,
     dtypes: list[torch.dtype | None],  # to round to
     upstream: Tensor,  # ()
-    expected: float | Tensor | None,  # (), what forward assumed; None: 1
+    options: Options,  # whose grad_scale forward assumed
     keep: bool,  # whether they are needed again as they are
     narrow: bool,  # whether they were float16 on the way
 ) -> LinearGradients | None:
@@ -118,15 +119,15 @@ def scaled(
     """
     ratio: float | Tensor
     if chunks.can_wait(upstream):
-        ratio = _torch.with_memory(upstream).item()
-        if expected is not None:
-            ratio = ratio / _as_it_arrives(expected, upstream.dtype)
+        expected = options.expected(upstream.dtype)
+        # NaN where nothing is left of a hint to divide by.
+        ratio = _torch.with_memory(upstream).item() / (expected if expected and math.isfinite(expected) else math.nan)
         # What was too small or too large for its dtype stays zero or infinite, whatever it is multiplied by.
         most = 8.0 if narrow else 2.0**64
-        if not (1 / most <= math.fabs(ratio) <= most or (ratio == 0 and expected is None)):
+        if not (1 / most <= math.fabs(ratio) <= most or (ratio == 0 and options.grad_scale is None)):
             return None
     else:
-        ratio = upstream.double() if expected is None else upstream.double() / expected
+        ratio = upstream.double() / (1.0 if options.grad_scale is None else options.grad_scale)
     return LinearGradients(
         *(
             None if grad is None else _times(grad, ratio, dtype or grad.dtype, keep)
@@ -144,12 +145,6 @@ def _times(grad: Tensor, ratio: float | Tensor, dtype: torch.dtype, keep: bool) 
         return (grad * ratio if keep else grad.mul_(ratio)).to(dtype)
     ratio = ratio.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
     return torch.mul(grad, ratio, out=torch.empty_like(grad, dtype=dtype) if keep or grad.dtype != dtype else grad)
-
-
-def _as_it_arrives(expected: float | Tensor, dtype: torch.dtype) -> float:
-    """A hint, rounded as the upstream gradient is; NaN where nothing is left of it to divide by."""
-    rounded: float = torch.as_tensor(expected, dtype=torch.float64, device="cpu").to(dtype).item()
-    return rounded if rounded and math.isfinite(rounded) else math.nan
 
 
 def rounded(found: LinearGradients, call: LinearCall) -> LinearGradients:

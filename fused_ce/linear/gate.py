@@ -111,10 +111,7 @@ def judge(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    # While compiling, the tensors that stand for the real ones are of other types.
-    if torch.compiler.is_compiling():
-        return tensor.layout is torch.strided
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_neg()
+    return gate.is_strided(tensor) and (torch.compiler.is_compiling() or not tensor.is_neg())
 
 
 def _is_small(input: Tensor, linear_weight: Tensor, chunk_rows: int | None) -> bool:

@@ -7,7 +7,7 @@ statistics are asked for, a second one makes the gradients from the inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,11 +91,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     loss = input.new_empty(rows if options.reduction == "none" else (), dtype=options.dtype)
     wanted = (wants_input, wants_weight, wants_bias) if _makes_gradients(call, wants_stats) else _NONE
     gradients = _empty_gradients(call, wanted, chunks.gradient_dtypes(call))
-    stats = [input.new_empty(0) for _ in Stats._fields]
-    if wants_stats:
-        lse, z_loss, entropy = (input.new_empty(rows, dtype=acc) for _ in range(3))
-        stats = [*Stats(lse, z_loss, input.new_empty(rows, dtype=torch.int64), entropy)]
-    return loss, *gradients, *stats
+    return loss, *gradients, *ops.fake_stats(input, rows, acc, wants_stats)
 
 
 def _backward_fake(grad_output: Tensor | None, g_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -143,20 +139,12 @@ def _derivative(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor 
     return placed(torch.ops.fused_ce.linear_backward(grad_output, g_lse, *tensors, *ctx.rest, *wanted))
 
 
-for _name, _kernel, _fake in (
-    ("linear_forward", _forward, _forward_fake),
-    ("linear_backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_ce::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("fused_ce::linear_forward", _derivative, setup_context=_save, lib=_LIBRARY)
-
-
-def _refuse(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        "expected one derivative of a compiled or exported fused_ce.linear_cross_entropy, got a second one: "
-        "call it outside torch.compile for double backward"
-    )
-
-
-torch.library.register_autograd("fused_ce::linear_backward", _refuse, lib=_LIBRARY)
+ops.register(
+    _LIBRARY,
+    "linear_",
+    (_forward, _backward),
+    (_forward_fake, _backward_fake),
+    _derivative,
+    _save,
+    "linear_cross_entropy",
+)
