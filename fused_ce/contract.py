@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .options import Options
+from .options import Options, Shard
 
 # "loss": the loss alone. "fused": loss and gradient in one pass, for an upstream gradient of `options.grad_scale`, into
 # the logits' own memory with `options.inplace`. "recompute": the loss, and what backward makes the gradient from.
@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
     input: Tensor  # (N, C, d1..dk) or (C), the logits
     target: Tensor  # (N, d1..dk) or () class indices, or probabilities of the input's shape
-    weight: Tensor | None  # (C,)
+    weight: Tensor | None  # (C,); under `options.shard` that of all classes, as class indices are
     options: Options
 
     @property
@@ -37,6 +37,11 @@ class Call(NamedTuple):
     @property
     def classes(self) -> int:
         return self.input.shape[1 if self.input.dim() > 1 else 0]
+
+    @property
+    def shard(self) -> Shard:
+        """Which of all classes they are."""
+        return self.options.shard or Shard(0, self.classes)
 
     @property
     def has_probs(self) -> bool:
@@ -115,6 +120,24 @@ class Backend(Protocol):
         self, call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
     ) -> Gradients:
         """The gradients for these upstream gradients, from what forward gave; `keep`: grad is needed again."""
+
+    def part(self, call: Call) -> Tensor:
+        """The sums of the classes that a call of `options.shard` holds, (8, R) float64: the fields of `RowSums`.
+
+        Class indices only. An ignored row, whose logits are not read, holds 0 everywhere and argmax -1. e_drop and
+        argmax (counted over all classes) are made with `options.return_stats`, and else 0 and -1.
+
+        Raises:
+            IndexError: a target outside of all classes (a GPU cannot know in time: NaN in its row).
+        """
+
+    def finish(self, call: Call, sums: Tensor, upstream: Upstream) -> Tensor:
+        """The gradient of these logits, from the sums of whole rows (8, R), as `part` gives those of a part.
+
+        The upstream gradients are those of the rows: that of the cross entropy divided already, and that of the z-loss
+        within that of lse; the reduction and the z-loss of the options have no say. With `options.inplace` it takes the
+        logits' memory.
+        """
 
     def rescale(
         self, grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool

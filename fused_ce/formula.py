@@ -121,14 +121,14 @@ def rescale(part: RowSums, m: Tensor) -> RowSums:  # (R,)
     )
 
 
-def put_back(part: RowSums, lower: Tensor) -> RowSums:  # (R,)
-    """Where the part is the lower one, its y joins the other classes: the row's y is the other part's."""
-    return part._replace(
-        so=torch.where(lower, part.so + torch.exp(part.z_y - finite(part.m)), part.so),
-        z_y=torch.where(lower, -torch.inf, part.z_y),
-        q_y=torch.where(lower, 0, part.q_y),
-        q_others=torch.where(lower, part.q_others + part.q_y, part.q_others),
-        q_drop=torch.where(lower, part.q_drop + part.q_y * (finite(part.m) - part.z_y), part.q_drop),
+def put_back(sums: RowSums, where: Tensor) -> RowSums:  # (R,)
+    """y joins the other classes, in these rows: where the row's y is another part's."""
+    return sums._replace(
+        so=torch.where(where, sums.so + torch.exp(sums.z_y - finite(sums.m)), sums.so),
+        z_y=torch.where(where, -torch.inf, sums.z_y),
+        q_y=torch.where(where, 0, sums.q_y),
+        q_others=torch.where(where, sums.q_others + sums.q_y, sums.q_others),
+        q_drop=torch.where(where, sums.q_drop + sums.q_y * (finite(sums.m) - sums.z_y), sums.q_drop),
     )
 
 
@@ -168,14 +168,15 @@ def minus_m(sums: RowSums) -> Tensor:  # (R,)
 def row_grad(
     x: Tensor,  # (R, C)
     z: Tensor,  # (R, C)
-    y: Tensor,  # (R,)
+    y: Tensor,  # (R,) counted from the part's first class; outside [0, C): another part holds it
     q: Tensor | None,  # (R, C); None: no class but y has any
-    sums: RowSums,
+    sums: RowSums,  # of the whole row; its y put back where another part holds it
     options: Options,
     scale: Tensor,  # (R,) upstream gradient of the cross entropy
     z_scale: Tensor,  # (R,) upstream gradient of the z-loss
     g_lse: Tensor | float = 0.0,  # (R,) upstream gradient of lse, where lse was returned
 ) -> Tensor:  # (R, C) dx
+    held = (y >= 0) & (y < z.shape[-1])
     e_y = torch.exp(sums.z_y - sums.m)
     total = sums.so + e_y
     z_part = z_scale * 2 * options.lse_square_scale * (sums.m + minus_m(sums)) + g_lse
@@ -184,7 +185,9 @@ def row_grad(
     if q is not None:
         dz = dz - scale[:, None] * q
     dz_y = others * (e_y / total) - scale * sums.q_y * (sums.so / total)
-    return dz.scatter(-1, y[:, None], dz_y[:, None]) * transform_grad(x, options)
+    at = torch.where(held, y, 0)[:, None]
+    dz_at = torch.where(held[:, None], dz_y[:, None], dz.gather(-1, at))
+    return dz.scatter(-1, at, dz_at) * transform_grad(x, options)
 
 
 def target_grad(

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import Call, RowSums, Stats
-from .formula import row_grad, row_loss, row_lse, row_stats, target_grad, transform
+from .contract import Call, RowSums, Stats, Upstream
+from .formula import put_back, row_grad, row_loss, row_lse, row_stats, target_grad, transform
 from .options import Options
 
 
@@ -17,7 +17,7 @@ class Rows(NamedTuple):
 
     x: Tensor  # (R, C)
     z: Tensor  # (R, C)
-    y: Tensor  # (R,)
+    y: Tensor  # (R,) counted from the first class that the logits hold
     q: Tensor | None  # (R, C); None: no class but y has any
     sums: RowSums
     counted: Tensor  # (R,) bool, rows that are not ignored
@@ -26,32 +26,35 @@ class Rows(NamedTuple):
 
 def rows_of(call: Call) -> Rows:
     input, target, weight, options = call
+    first, total = call.shard
     # float32 would round z by 1e-6 near 30, and a scale w / D of tiny weights away.
     changed = options.logit_scale != 1 or options.softcap is not None
     wide = torch.float64 in (input.dtype, options.dtype, target.dtype)
     wide = wide or ((changed or weight is not None) and input.device.type != "mps")  # which has no float64
     acc = torch.float64 if wide else torch.float32
     x = as_rows(input).to(acc)
-    w = None if weight is None else weight.to(acc)
-    e, C = options.smoothing, x.shape[-1]
+    C = x.shape[-1]
+    w = None if weight is None else weight[first : first + C].to(acc)
+    e = options.smoothing
     if target.shape == input.shape:
         counted = torch.ones_like(x[:, 0], dtype=torch.bool)
         z = transform(x, options)
         y = z.argmax(-1)
-        q: Tensor | None = (1 - e) * as_rows(target).to(acc) + e / C
+        q: Tensor | None = (1 - e) * as_rows(target).to(acc) + e / total
     else:
         target = target.reshape(-1).long()  # a uint8 of 156 equals -100
         counted = target != options.ignore_index
         # An ignored row may hold inf or NaN: zeros in its place keep its loss and gradient at 0.
         x = torch.where(counted[:, None], x, 0)
         z = transform(x, options)
-        y = torch.where(counted, target, 0)
-        q = (1 - e) * torch.zeros_like(z).scatter(-1, y[:, None], 1.0) + e / C if e > 0 else None
+        y = torch.where(counted, target, 0) - first
+        at = y.clamp(0, C - 1)[:, None]
+        q = (1 - e) * torch.zeros_like(z).scatter(-1, at, (at == y[:, None]).to(acc)) + e / total if e > 0 else None
     if q is None:
-        q_y = torch.ones_like(y, dtype=z.dtype) if w is None else w[y]
+        q_y = torch.ones_like(y, dtype=z.dtype) if w is None else w[y.clamp(0, C - 1)]
     else:
         q = q if w is None else q * w
-        q_y = q.gather(-1, y[:, None]).squeeze(-1)
+        q_y = q.gather(-1, y.clamp(0, C - 1)[:, None]).squeeze(-1)
     return Rows(x, z, y, q, row_lse(z, y, q_y, q, options.return_stats), counted, w)
 
 
@@ -66,7 +69,7 @@ def ignored(input: Tensor, target: Tensor, options: Options) -> Tensor:
 def check_target(call: Call) -> None:
     """Raise torch's own IndexError for a class index outside [0, C) that is not ignored."""
     target = call.target.long()
-    bad = ((target < 0) | (target >= call.classes)) & (target != call.options.ignore_index)
+    bad = ((target < 0) | (target >= call.shard.total)) & (target != call.options.ignore_index)
     if bad.any():
         raise IndexError(f"Target {int(target[bad].flatten()[0])} is out of bounds.")
 
@@ -129,6 +132,19 @@ def gradients(
     if not wants_target:
         return dx, None
     return dx, _like(target_grad(rows.z, rows.sums, rows.weight, options, g / D), call.target)
+
+
+def shard_gradient(call: Call, sums: RowSums, upstream: Upstream) -> Tensor:
+    """See `contract.Backend.finish`."""
+    rows, options = rows_of(call), call.options._replace(lse_square_scale=0.0)
+    held = (rows.y >= 0) & (rows.y < call.classes)
+    sums = put_back(RowSums(*(number.to(rows.z.dtype) for number in sums)), ~held)
+    g, of_lse = (
+        torch.zeros_like(sums.m) if number is None else number.reshape(-1).to(sums.m).expand_as(sums.m)
+        for number in upstream
+    )
+    dx = row_grad(rows.x, rows.z, rows.y, rows.q, sums, options, g, g, of_lse)
+    return _like(torch.where(rows.counted[:, None], dx, 0), call.input)
 
 
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:  # (R, C) -> the tensor's shape and dtype, contiguous

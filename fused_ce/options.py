@@ -14,6 +14,13 @@ _LARGEST = torch.finfo(torch.float64).max
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of logits, probabilities and weights
 
 
+class Shard(NamedTuple):
+    """Which of all classes the logits of a call hold, where others hold the rest."""
+
+    first: int  # how many come before
+    total: int  # how many there are in all
+
+
 class Options(NamedTuple):
     """Everything in a call that is not a tensor of the formula; the first five are the kernels', in this order."""
 
@@ -28,6 +35,7 @@ class Options(NamedTuple):
     grad_scale: float | Tensor | None = None  # (), the upstream gradient to expect; None: 1
     inplace: bool = False
     return_stats: bool = False
+    shard: Shard | None = None  # None: the logits hold all classes
 
     @property
     def is_plain(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..contract import Call, Forward, Gradients, Schedule, Upstream
+from ..contract import Call, Forward, Gradients, RowSums, Schedule, Upstream
 from ..options import FLOATS, Options
 
 
@@ -21,6 +21,23 @@ def unsupported(call: Call) -> list[str]:
     if call.input.dim() == 0:
         reasons.append("the input has no class dimension")
     return reasons
+
+
+def part(call: Call) -> Tensor:
+    """See `contract.Backend`."""
+    operators.check_target(call)
+    with torch.no_grad():
+        rows = operators.rows_of(call)
+        sums = rows.sums._replace(argmax=rows.sums.argmax + call.shard.first * call.options.return_stats)
+        ignored = RowSums(*(torch.zeros_like(rows.sums.m) for _ in RowSums._fields[:-1]), -torch.ones_like(rows.y))
+        return torch.stack([torch.where(rows.counted, *pair).double() for pair in zip(sums, ignored, strict=True)])
+
+
+def finish(call: Call, sums: Tensor, upstream: Upstream) -> Tensor:
+    """See `contract.Backend`."""
+    with torch.no_grad():
+        dx = operators.shard_gradient(call, RowSums(*sums), upstream)
+        return call.input.copy_(dx) if call.options.inplace else dx
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
