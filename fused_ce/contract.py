@@ -131,12 +131,12 @@ class Backend(Protocol):
             IndexError: a target outside of all classes (a GPU cannot know in time: NaN in its row).
         """
 
-    def finish(self, call: Call, sums: Tensor, upstream: Upstream) -> Tensor:
+    def finish(self, call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
         """The gradient of these logits, from the sums of whole rows (8, R), as `part` gives those of a part.
 
         The upstream gradients are those of the rows: that of the cross entropy divided already, and that of the z-loss
-        within that of lse; the reduction and the z-loss of the options have no say. With `options.inplace` it takes the
-        logits' memory.
+        within that of lse; the reduction and the z-loss of the options have no say. `into` has the logits' shape and
+        dtype, and may be the logits.
         """
 
     def rescale(

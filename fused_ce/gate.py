@@ -43,7 +43,7 @@ def judge(call: Call, name: str | None) -> tuple[Call, Backend | None]:
         dispatch.check_name(name)
     if _unusual(call) or not _is_ordinary(call):
         return call, None
-    call = _with_loss_dtype(call)
+    call = with_loss_dtype(call)
     if not _takes_weight(call):
         return call, None
     backend = dispatch.choose(call, name)
@@ -115,7 +115,7 @@ def _judged_by_torch(call: Call) -> Call:
     tensors = [input, target] if weight is None else [input, target, weight]
     if not (all(isinstance(tensor, Tensor) for tensor in tensors) and input.dtype in FLOATS):
         _by_torch(*call)
-    call = _with_loss_dtype(call)
+    call = with_loss_dtype(call)
     dtype = call.options.dtype or input.dtype
 
     def zeros(input: Sequence[int], target: Sequence[int], device: torch.device, index: torch.dtype) -> Tensor:
@@ -192,7 +192,7 @@ def _unusual(call: Call) -> str:
     return ""
 
 
-def _with_loss_dtype(call: Call) -> Call:
+def with_loss_dtype(call: Call) -> Call:
     """torch's rule: the logits' dtype, at least float32 under autocast, promoted with that of probabilities."""
     input, target, _, options = call
     own = input.dtype

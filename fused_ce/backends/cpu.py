@@ -181,3 +181,17 @@ def _in_acc(tensor: Tensor | None, call: Call) -> Tensor | None:
     if tensor is None or (tensor.dtype is call.acc and tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
     return _torch.in_any_process(lambda: tensor.detach().to(call.acc).contiguous().resolve_neg())
+
+
+def part(call: Call) -> Tensor:
+    """See `contract.Backend`."""
+    from . import reference
+
+    return reference.part(call)
+
+
+def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
+    """See `contract.Backend`."""
+    from . import reference
+
+    reference.finish(call, sums, upstream, into)

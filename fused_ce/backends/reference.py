@@ -29,15 +29,14 @@ def part(call: Call) -> Tensor:
     with torch.no_grad():
         rows = operators.rows_of(call)
         sums = rows.sums._replace(argmax=rows.sums.argmax + call.shard.first * call.options.return_stats)
-        ignored = RowSums(*(torch.zeros_like(rows.sums.m) for _ in RowSums._fields[:-1]), -torch.ones_like(rows.y))
-        return torch.stack([torch.where(rows.counted, *pair).double() for pair in zip(sums, ignored, strict=True)])
+        ignored = torch.tensor([[0.0]] * 7 + [[-1.0]], dtype=torch.float64, device=call.input.device)
+        return torch.where(rows.counted, torch.stack([number.double() for number in sums]), ignored)
 
 
-def finish(call: Call, sums: Tensor, upstream: Upstream) -> Tensor:
+def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
     """See `contract.Backend`."""
     with torch.no_grad():
-        dx = operators.shard_gradient(call, RowSums(*sums), upstream)
-        return call.input.copy_(dx) if call.options.inplace else dx
+        into.copy_(operators.shard_gradient(call, RowSums(*sums.unbind(0)), upstream))
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:

@@ -281,3 +281,17 @@ def _kernels() -> dict[str, Any]:
 
     kernels = (forward, backward, prepare, total, rescale_grad)
     return {kernel.__name__: kernel for kernel in kernels}
+
+
+def part(call: Call) -> Tensor:
+    """See `contract.Backend`."""
+    from .. import reference
+
+    return reference.part(call)
+
+
+def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
+    """See `contract.Backend`."""
+    from .. import reference
+
+    reference.finish(call, sums, upstream, into)

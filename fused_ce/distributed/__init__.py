@@ -1,0 +1,5 @@
+"""Cross entropy of sharded vocabularies, on torch.distributed."""
+
+from .functional import vocab_parallel_cross_entropy
+
+__all__ = ["vocab_parallel_cross_entropy"]

@@ -1,0 +1,119 @@
+"""What a rank tells the others beside its sums, so that all of them raise where one has to: none waits for it in vain.
+
+A status is LENGTH numbers: how the rank fared, what it was called with, and in whose words it failed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contract import Call
+
+LENGTH = 192
+_FINE = -1
+# What a rank raises is raised on all of them, as far as it is one of these.
+_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, MemoryError)
+
+
+class Status(NamedTuple):
+    """One rank's; the numbers of a call that failed may be 0."""
+
+    error: int = _FINE  # which of _ERRORS
+    first: int = 0
+    held: int = 0
+    total: int = 0
+    options: int = 0  # a checksum
+    tensors: int = 0  # likewise, of shapes and dtypes
+    targets: int = 0  # likewise, of their values
+    words: str = ""
+
+    def numbers(self) -> list[float]:
+        """LENGTH of them, each exact in float64."""
+        *fields, words = self
+        text = [*map(ord, words)][: LENGTH - len(fields)]
+        return [*map(float, fields), *map(float, text)] + [0.0] * (LENGTH - len(fields) - len(text))
+
+
+def of_call(call: Call, held: int) -> Status:
+    """Of a call that nothing was wrong with. On a GPU no values are compared, which would wait for it."""
+    input, target, weight, options = call
+    fields = options._replace(grad_scale=None, shard=None, inplace=False)
+    given = [_plain(value) for value in (*fields, None if weight is None else weight.sum())]
+    targets = 0
+    if target.is_cpu:
+        places = torch.arange(1, target.numel() + 1)
+        targets = int((target.reshape(-1).long() * places).sum()) % (1 << 40)
+    return Status(
+        first=call.shard.first,
+        held=held,
+        total=call.shard.total,
+        options=zlib.crc32(repr(given).encode()),
+        tensors=zlib.crc32(repr((tuple(target.shape), input.dtype)).encode()),
+        targets=targets,
+    )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return float(value) if value.is_cpu else None
+    return float(value) if isinstance(value, (int, float)) else value  # 0 and 0.0 ask for the same
+
+
+def of_error(error: BaseException) -> Status:
+    kind = next((i for i, known in reversed([*enumerate(_ERRORS)]) if isinstance(error, known)), 0)
+    words = str(error) if isinstance(error, _ERRORS) else f"{type(error).__name__}: {error}"
+    return Status(error=kind, words=words.partition("\n")[0])
+
+
+def check(numbers: Tensor) -> None:  # (P, LENGTH)
+    """Raise what has to be raised, the same on every rank.
+
+    Raises:
+        RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, MemoryError: a rank failed, in its words.
+        RuntimeError: the ranks were not called alike.
+        ValueError: their shards are not the vocabulary.
+    """
+    everyone = [_read(row) for row in numbers.tolist()]
+    for rank, status in enumerate(everyone):
+        if status.error != _FINE:
+            raise _ERRORS[status.error](f"{status.words} (on rank {rank} of the group)")
+    for field, what in (
+        ("total", "vocab_size"),
+        ("options", "options or class weights"),
+        ("tensors", "numbers of rows or dtypes of logits"),
+        ("targets", "targets: each needs those of all rows, and the same"),
+    ):
+        values = [getattr(status, field) for status in everyone]
+        others = [rank for rank, value in enumerate(values) if value != values[0]]
+        if others:
+            told = f": {values}" if field == "total" else ""
+            raise RuntimeError(f"expected all ranks to be called alike; ranks 0 and {others[0]} had other {what}{told}")
+    at = 0
+    for first, held, rank in sorted((status.first, status.held, rank) for rank, status in enumerate(everyone)):
+        if held and first != at:
+            raise ValueError(
+                f"expected shards that tile the {everyone[0].total} classes: rank {rank} holds {held} from {first} on, "
+                f"where {at} should come next; pass vocab_start and vocab_size"
+            )
+        at += held
+    if at != everyone[0].total:
+        raise ValueError(
+            f"expected shards that tile the {everyone[0].total} classes, got {at} together; pass vocab_size"
+        )
+
+
+def _read(numbers: Sequence[float]) -> Status:
+    count = len(Status._fields) - 1
+    fields = [int(number) if number == number else 0 for number in numbers[:count]]
+    return Status(*fields, "".join(chr(int(code)) for code in numbers[count:] if code > 0))  # type: ignore[arg-type, call-arg]
+
+
+def shards(numbers: Tensor) -> tuple[Tensor, Tensor]:  # (P, LENGTH) -> (P, 1) each
+    """The first class of every rank's shard, and how many it holds."""
+    first, held = (numbers[:, Status._fields.index(name), None].long() for name in ("first", "held"))
+    return first, held
