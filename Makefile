@@ -1,10 +1,10 @@
-# make demo | test | quick | bench | lint | format | sanitize | clean. The environment in .venv is made on the first call.
+# make demo | test | quick | ptx | bench | lint | format | sanitize | clean. The environment in .venv is made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test quick bench lint format sanitize build clean
+.PHONY: demo test quick ptx bench lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/mnist_from_scratch.py $(ARGS)
@@ -15,6 +15,11 @@ test: build
 # The edit loop: the contract of the C++ and reference backends.
 quick: build
 	$(BIN)/pytest tests/test_backends.py tests/test_reference.py tests/test_row_sums.py -k "not triton" $(ARGS)
+
+# The Triton kernels' PTX, executed without a GPU; then broken PTX, which must be reported.
+ptx: build
+	PYTHONPATH=.:tests:benchmarks $(BIN)/python -m ptx $(ARGS)
+	PYTHONPATH=.:tests:benchmarks $(BIN)/python -m ptx --mutants
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -10,6 +10,7 @@ from .tiles import (
     Sink,
     Source,
     accumulator,
+    load_edges,
     load_group,
     load_scalar,
     load_y,
@@ -65,6 +66,7 @@ def backward(
         t_at = locate(given.target, given.sizes, group, ALIGN) if TRAITS.PROBS else None
         dt_at = None if grads.target.ptr is None else locate(grads.target, given.sizes, group, ALIGN)
         source = Source(given, x_at, t_at, row_mask if logits.inner is None else group.counted)
+        edges = load_edges(source, dx_at, options, TILING)
         m = tl.load(saved + rows * 4, mask=row_mask, other=0.0).to(ROW)
         so = tl.load(saved + rows * 4 + 1, mask=row_mask, other=0.0).to(ROW)
         q_others = tl.load(saved + rows * 4 + 2, mask=row_mask, other=0.0).to(ROW)
@@ -79,6 +81,6 @@ def backward(
             g_lse = tl.load(received.lse.ptr + rows * received.lse.step, mask=row_mask, other=0.0).to(ROW)
         factors = grad_factors(sums, options, scale, ratio, g_lse, ACC)
         if TRAITS.INPLACE:
-            tl.debug_barrier()  # no warp may still be reading y's logit
+            tl.debug_barrier()  # no warp may still be reading y's logit, or the edges
         terms = RowTerms(y, m, minus_m(sums), factors, (1.0 - options.e) * scale)
-        sweep(source, Sink(grads, dx_at, dt_at), group, terms, options, lanes, TRAITS.DENSE, TILING)
+        sweep(source, Sink(grads, dx_at, dt_at), edges, group, terms, options, lanes, TRAITS.DENSE, TILING)

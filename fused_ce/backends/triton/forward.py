@@ -12,10 +12,12 @@ from .tiles import (
     Source,
     accumulator,
     is_float32,
+    load_edges,
     load_group,
     load_scalar,
-    load_tile,
+    load_x,
     load_y,
+    load_z_and_q,
     locate,
     offset,
     row_dtype,
@@ -72,6 +74,9 @@ def forward(
         # Ignored rows are not read, unless rows lie side by side: a mask with gaps would part a wide load.
         source = Source(given, x_at, t_at, group.row_mask if logits.inner is None else group.counted)
         zero, lowest = tl.zeros(r.shape, ROW), tl.full(r.shape, float("-inf"), ROW)
+        if out.grad.ptr is not None:  # with the barriers of the sums between these loads and the stores
+            dx_at = locate(out.grad, given.sizes, group, ALIGN)
+            edges = load_edges(source, dx_at, options, TILING)
         if PIECES:
             z_y, q_y = zero, zero
             if not TRAITS.PROBS:
@@ -105,7 +110,6 @@ def forward(
             if out.grad.ptr is not None:
                 if TRAITS.INPLACE:
                     tl.debug_barrier()  # no warp may still be reading these rows
-                dx_at = locate(out.grad, given.sizes, group, ALIGN)
                 scale = zero + load_scalar(shared.expected, 0, ROW) / D
                 factors = grad_factors(sums, options, scale, ratio, zero, ACC)
                 if PIECES and TILING.VECTOR == 1:
@@ -119,7 +123,7 @@ def forward(
                 else:
                     sink = Sink(Grads(out.grad, out.grad), dx_at, None)
                     terms = RowTerms(y, sums.m, zero, factors, zero)
-                    sweep(source, sink, group, terms, options, lanes, TRAITS.DENSE, TILING)
+                    sweep(source, sink, edges, group, terms, options, lanes, TRAITS.DENSE, TILING)
 
 
 @triton.jit
@@ -153,7 +157,8 @@ def load_sums(
         # Every class of the pieces before the last exists, so their loads need no mask.
         col_mask = cols < C if i == COUNT - 1 else None
         x_at = source.x_at + offset(cols, logits.col, TILING.ALIGN)
-        x, z, q = load_tile(source, x_at, cols, col_mask, options, TRAITS.DENSE, TILING.ALIGN, KEEP)
+        x = load_x(source, x_at, col_mask, KEEP)
+        z, q = load_z_and_q(source, x, cols, col_mask, options, TRAITS.DENSE, TILING.ALIGN, KEEP)
         tiles += ((x, z, q),)  # type: ignore[assignment]
         if TRAITS.PROBS or TRAITS.STATS:
             at = tl.where(~(z <= highest) & (highest == highest), cols, at)

@@ -151,21 +151,29 @@ def load_y(source, y, z_y, options):  # (R, 1) each
 
 
 @triton.jit
-def load_tile(
+def load_x(source, x_at, col_mask, KEEP: tl.constexpr):  # (R, B) each
+    """Logits; col_mask: which of their classes exist, None if all do. KEEP: how long they stay in the cache."""
+    logits = source.given.logits
+    mask = source.read if col_mask is None else source.read & col_mask
+    x = tl.load(logits.ptr + x_at, mask=mask, other=0.0, eviction_policy=KEEP)
+    return x.to(accumulator(logits.ptr.dtype))
+
+
+@triton.jit
+def load_z_and_q(
     source,
-    x_at,  # (R, B)
+    x,  # (R, B)
     cols,  # (R, B), which classes
     col_mask,  # (R, B), which of them exist; None if all do
     options,
     DENSE: tl.constexpr,
     ALIGN: tl.constexpr,
-    KEEP: tl.constexpr,  # eviction policy: how long it stays in the cache
+    KEEP: tl.constexpr,
 ):
-    """x, z and q of one tile, (R, B); q without the share of a class index."""
-    logits, target, weight = source.given.logits, source.given.target, source.given.weight
-    ACC: tl.constexpr = accumulator(logits.ptr.dtype)
+    """z and q of one tile, (R, B); q without the share of a class index."""
+    target, weight = source.given.target, source.given.weight
+    ACC: tl.constexpr = x.dtype
     mask = source.read if col_mask is None else source.read & col_mask
-    x = tl.load(logits.ptr + x_at, mask=mask, other=0.0, eviction_policy=KEEP).to(ACC)
     z = transform(x, options)
     if col_mask is not None:
         # Only now: a lane filled with -inf before the softcap would become -s and be summed.
@@ -179,7 +187,7 @@ def load_tile(
         if weight is not None:
             w = tl.load(weight + cols) if col_mask is None else tl.load(weight + cols, mask=col_mask, other=0.0)
             q *= w.to(ACC)
-    return x, z, q
+    return z, q
 
 
 @triton.jit
@@ -193,7 +201,7 @@ def store_tile(matrix, at, values, mask):  # (R, B) each
 def store_grads(
     source,
     sink,
-    x_at,  # (R, B)
+    x,  # (R, B)
     dx_at,  # (R, B)
     cols,  # (R, B), which classes
     col_mask,  # (R, B), which of them exist
@@ -205,7 +213,7 @@ def store_grads(
 ):
     """The gradients of one tile, from the logits."""
     logits, weight = source.given.logits, source.given.weight
-    x, z, q = load_tile(source, x_at, cols, col_mask, options, DENSE, ALIGN, "evict_first")
+    z, q = load_z_and_q(source, x, cols, col_mask, options, DENSE, ALIGN, "evict_first")
     e_c, mask = exp_minus(z, finite(terms.m), q.dtype, is_float32(logits.ptr.dtype)), group.row_mask & col_mask
     dx = row_grad(x, e_c, q, cols == terms.y, terms.factors, options, DENSE)
     store_tile(sink.grads.input, dx_at, tl.where(group.counted, dx, 0.0), mask)  # an ignored row may hold NaN
@@ -216,7 +224,37 @@ def store_grads(
 
 
 @triton.jit
-def sweep(source, sink, group, terms, options, lanes, DENSE: tl.constexpr, TILING: tl.constexpr):
+def edge_classes(C, dx_at, VECTOR: tl.constexpr):  # (R, 2 VECTOR) each
+    """The classes at both edges of a row that `sweep` stores on their own, and which of them there are."""
+    before = (dx_at % VECTOR).to(tl.int32)
+    _, edge = tile_indices(dx_at.shape[0], 2 * VECTOR)
+    cols = tl.where(edge < VECTOR, edge, (C + before) // VECTOR * VECTOR - before + edge - VECTOR)
+    return cols, tl.where(edge < VECTOR, (edge < VECTOR - before) & (before > 0), cols < C)
+
+
+@triton.jit
+def load_edges(source, dx_at, options, TILING: tl.constexpr):  # (R, 2 VECTOR), or None
+    """The logits of both edges. All copies of a small tile load it and one stores it: in place, a barrier between."""
+    if TILING.VECTOR > 1:
+        cols, col_mask = edge_classes(options.C, dx_at, TILING.VECTOR)
+        x = load_x(source, source.x_at + cols, col_mask, "evict_last")
+    else:
+        x = None
+    return x
+
+
+@triton.jit
+def sweep(
+    source,
+    sink,
+    edges,  # of `load_edges`
+    group,
+    terms,
+    options,
+    lanes,
+    DENSE: tl.constexpr,
+    TILING: tl.constexpr,
+):
     """Store this program's share of the gradients of whole rows, last tile first: it may still be in the cache.
 
     Rows that begin anywhere (VECTOR > 1) are cut where VECTOR values of the gradient fill 16 bytes of memory, so that
@@ -232,7 +270,8 @@ def sweep(source, sink, group, terms, options, lanes, DENSE: tl.constexpr, TILIN
     if VECTOR == 1:
         for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
             cols = lanes + (tiles - 1 - t) * BLOCK
-            x, dx = x_at + offset(cols, x_col, ALIGN), dx_at + offset(cols, dx_col, ALIGN)
+            x = load_x(source, x_at + offset(cols, x_col, ALIGN), cols < C, "evict_first")
+            dx = dx_at + offset(cols, dx_col, ALIGN)
             store_grads(source, sink, x, dx, cols, cols < C, group, terms, options, DENSE, ALIGN)
     else:
         before = (dx_at % VECTOR).to(tl.int32)  # values between the last such place and the row
@@ -241,10 +280,8 @@ def sweep(source, sink, group, terms, options, lanes, DENSE: tl.constexpr, TILIN
         for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
             place = lanes + (tiles - 1 - t) * BLOCK
             col_mask = (place // VECTOR >= tl.minimum(before, 1)) & (place // VECTOR < whole)
-            x, dx, cols = x_cut + place, cut + place, place - before
-            store_grads(source, sink, x, dx, cols, col_mask, group, terms, options, DENSE, ALIGN)
+            x, cols = load_x(source, x_cut + place, col_mask, "evict_first"), place - before
+            store_grads(source, sink, x, cut + place, cols, col_mask, group, terms, options, DENSE, ALIGN)
         if tl.program_id(1) == 0:
-            _, edge = tile_indices(dx_at.shape[0], 2 * VECTOR)
-            cols = tl.where(edge < VECTOR, edge, whole * VECTOR - before + edge - VECTOR)
-            col_mask = tl.where(edge < VECTOR, (edge < VECTOR - before) & (before > 0), cols < C)
-            store_grads(source, sink, x_at + cols, dx_at + cols, cols, col_mask, group, terms, options, DENSE, ALIGN)
+            cols, col_mask = edge_classes(C, dx_at, VECTOR)
+            store_grads(source, sink, edges, dx_at + cols, cols, col_mask, group, terms, options, DENSE, ALIGN)
