@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from fused_ce.backends.triton import launch as backend
-from fused_ce.backends.triton import plan
+from fused_ce.backends.triton import kernels, plan
 from fused_ce.contract import Call, Upstream
 from fused_ce.options import Options
 
@@ -113,7 +113,7 @@ def launches(N: int, C: int, dtype: torch.dtype, target: Target, options: Option
         found.append((kernel, grid, args, meta))
 
     call = Call(input, labels, None, options)
-    with mock.patch.object(backend, "_launch", launch), mock.patch.object(plan, "device", return_value=target.device):
+    with mock.patch.object(kernels, "launch", launch), mock.patch.object(plan, "device", return_value=target.device):
         for schedule in ("loss", "fused", "recompute"):
             done = backend.forward(call, schedule)
             if schedule != "loss":
@@ -125,7 +125,7 @@ def launches(N: int, C: int, dtype: torch.dtype, target: Target, options: Option
 def compiled(launch: Launch, target: Target, **more: Any) -> Any:
     """Triton's compiled kernel."""
     driver.set_active(Driver(target.triton))
-    kernel = backend._kernels()[launch.kernel]
+    kernel = kernels.table()[launch.kernel]
     return kernel.warmup(*launch.args, grid=launch.grid, **launch.meta, enable_fp_fusion=True, **more)
 
 

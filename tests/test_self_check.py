@@ -15,7 +15,7 @@ from judge import check, check_grad, expected_grad, expected_of
 from fused_ce import __main__ as main
 from fused_ce import cross_entropy
 from fused_ce.backends import dispatch
-from fused_ce.backends.triton import launch, self_check
+from fused_ce.backends.triton import kernels, launch, self_check
 from fused_ce.contract import Upstream
 from fused_ce.options import Options
 
@@ -35,19 +35,19 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are launched from here on."""
-    launched, launch_all = [], launch._launch
+    launched, launch_all = [], kernels.launch
 
     def noted(kernel: str, *args: Any, **meta: Any) -> None:
         launched.append(kernel)
         launch_all(kernel, *args, **meta)
 
-    monkeypatch.setattr(launch, "_launch", noted)
+    monkeypatch.setattr(kernels, "launch", noted)
     return launched
 
 
 def make_wrong(monkeypatch: pytest.MonkeyPatch, broken: str, what: str, factor: float = 1.01) -> None:
     """After this kernel, what it wrote is off by a factor."""
-    launch_all = launch._launch
+    launch_all = kernels.launch
 
     def wrong(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         launch_all(kernel, grid, *args, **meta)
@@ -63,7 +63,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, broken: str, what: str, factor: 
         if written is not None:
             written.mul_(factor)
 
-    monkeypatch.setattr(launch, "_launch", wrong)
+    monkeypatch.setattr(kernels, "launch", wrong)
 
 
 CALLS = [
@@ -166,14 +166,14 @@ def test_a_wrong_backward_that_has_nothing_to_do_yet(backend: Backend, monkeypat
     case = CALLS[1]
     call = case.build(backend.device)
     loss, grad, saved, _ = launch.forward(call, "fused")
-    launch_all = launch._launch
+    launch_all = kernels.launch
 
     def wrong(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         launch_all(kernel, grid, *args, **meta)
         if kernel == "backward" and float(args[1].loss.ptr) != 1.0:  # where it does not return at once
             args[2].input.ptr.mul_(1.1)
 
-    monkeypatch.setattr(launch, "_launch", wrong)
+    monkeypatch.setattr(kernels, "launch", wrong)
     with pytest.warns(RuntimeWarning, match="variant backward"):
         result = launch.backward(call, grad, saved, Upstream(torch.ones_like(loss)), False, False).input
     check_grad(result, call, expected_of(case)[1])

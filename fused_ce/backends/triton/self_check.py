@@ -158,6 +158,35 @@ def backward_is_right(
     return _judge(variant, findings)
 
 
+def part_is_right(variant: Variant, call: Call, run: Callable[[Call], Tensor]) -> bool:
+    """`run` gives the sums of a shard, by this variant."""
+
+    def findings() -> Iterator[str | None]:
+        few = _few(call)
+        sums, exact = run(few), sample(few, (1.0, 1.0), torch.ones((), device="cpu"), None)
+        yield None if exact is None else exact.sums_differ(sums, call.options.return_stats)
+
+    return _judge(variant, findings)
+
+
+def finish_is_right(
+    variant: Variant, call: Call, sums: Tensor, upstream: Upstream, run: Callable[[Call, Tensor, Upstream], Tensor]
+) -> bool:
+    """`run` gives the gradient of a shard from the sums of whole rows and the upstream gradients of rows."""
+
+    def findings() -> Iterator[str | None]:
+        few = _few(call)
+        R = few.rows
+        g, g_lse = (t if t is None or t.dim() == 0 else t.reshape(-1)[:R] for t in upstream)
+        assert g is not None
+        few_sums, few_upstream = sums[:, :R].contiguous(), Upstream(g, g_lse)
+        grad = run(few._replace(input=few.input.clone()) if call.options.inplace else few, few_sums, few_upstream)
+        exact = sample(few, (1.0, 1.0), *few_upstream)
+        yield None if exact is None else exact.shard_grad_differs(grad, few_sums)
+
+    return _judge(variant, findings)
+
+
 def rescale_is_right(
     grad: Tensor, upstream: Tensor, expected: Tensor | None, keep: bool, run: Callable[[Tensor, Tensor], Tensor]
 ) -> bool:
