@@ -1,4 +1,4 @@
-"""The backward kernel: the gradients, from the logits and what forward saved of their rows, or the sums of whole rows."""
+"""The backward kernel: the gradients, from the logits and what forward saved of their rows, or sums of whole rows."""
 
 import triton
 import triton.language as tl

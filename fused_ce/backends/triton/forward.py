@@ -215,8 +215,8 @@ def store_part(at, rows, group, sums, first, STATS: tl.constexpr):
     argmax = sums.argmax
     if STATS:
         argmax = tl.maximum(argmax, 0) + first  # no class is above -inf: the first, as in torch
-    part = RowSums(*numbers, tl.where(group.counted, argmax, -1))
-    store_sums(part, at, rows, group.row_mask)
+    numbers += (tl.where(group.counted, argmax, -1),)
+    store_sums(RowSums(*numbers), at, rows, group.row_mask)  # type: ignore[call-arg]
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...contract import Call, RowSums, Upstream
+from ...options import Options
 from .. import reference
 from . import kernels, self_check
 from .arguments import Grads, Out, Received
@@ -18,7 +19,7 @@ def part(call: Call) -> Tensor:
     """See `contract.Backend`."""
     if self_check.declines(call.input.device):
         return reference.part(call)
-    return _part(_sums_alone(call, inplace=False), None)
+    return _part(_sums_alone(call, call.options.return_stats), None)
 
 
 def _part(call: Call, like: Cut | None) -> Tensor:
@@ -36,38 +37,40 @@ def _part(call: Call, like: Cut | None) -> Tensor:
     return sums
 
 
-def finish(call: Call, sums: Tensor, upstream: Upstream) -> Tensor:
+def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
     """See `contract.Backend`."""
     if self_check.declines(call.input.device):
-        return reference.finish(call, sums, upstream)
+        reference.finish(call, sums, upstream, into)
+        return
     upstream = Upstream(readable(upstream.loss), None if upstream.lse is None else readable(upstream.lse))
-    return _finish(_sums_alone(call, return_stats=False), readable(sums).contiguous(), upstream, None)
+    _finish(_sums_alone(call, False), readable(sums).contiguous(), upstream, into, None)
 
 
-def _finish(call: Call, sums: Tensor, upstream: Upstream, like: Cut | None) -> Tensor:
+def _finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor, like: Cut | None) -> None:
     """As `_part`; the sums side by side in memory."""
-    input = call.input
-    dx = input if call.options.inplace else input.new_empty(input.shape)
-    if input.numel():
-        sizes, views = matrices(input, None, dx)
-        plan = cut(call, sizes, views, held=False)
-        if like is not None:
-            plan = plan.as_in(like)
-        elif variant := self_check.unsettled("finish", call, plan, views, upstream.loss.dtype, upstream.lse is None):
+    if call.input.numel() == 0:
+        return
+    sizes, views = matrices(call.input, None, into)
+    plan = cut(call, sizes, views, held=False)
+    if like is not None:
+        plan = plan.as_in(like)
+    elif variant := self_check.unsettled("finish", call, plan, views, upstream.loss.dtype, upstream.lse is None):
 
-            def run(few: Call, sums: Tensor, upstream: Upstream) -> Tensor:
-                return _finish(few, sums, upstream, plan)
+        def run(few: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
+            _finish(few, sums, upstream, into, plan)
 
-            if not self_check.finish_is_right(variant, call, sums, upstream, run):
-                return reference.finish(call, sums, upstream)
-        received = Received(
-            None, None, rows(upstream.loss), None if upstream.lse is None else rows(upstream.lse), None, sums
-        )
-        kernels.run_backward(call, plan, sizes, views, received, Grads(views[2] or NOTHING, NOTHING))
-    return dx
+        if not self_check.finish_is_right(variant, call, sums, upstream, into, run):
+            reference.finish(call, sums, upstream, into)
+            return
+    lse = None if upstream.lse is None else rows(upstream.lse)
+    received = Received(None, None, rows(upstream.loss), lse, None, sums)
+    kernels.run_backward(call, plan, sizes, views, received, Grads(views[2] or NOTHING, NOTHING))
 
 
-def _sums_alone(call: Call, **more: bool) -> Call:
-    """The call without the options that have no say here: each of their values would be a variant of the kernels."""
-    options = call.options._replace(reduction="none", dtype=None, lse_square_scale=0.0, num_items=None, grad_scale=None)
-    return call._replace(options=options._replace(**more))
+def _sums_alone(call: Call, wants_stats: bool) -> Call:
+    """The call without the options that have no say here: each of their values would be a variant of the kernels.
+
+    Nor has `inplace`: the program that writes a gradient has read its logit, and no other does.
+    """
+    plain = Options(*call.options[:4])
+    return call._replace(options=plain._replace(reduction="none", return_stats=wants_stats, shard=call.shard))
