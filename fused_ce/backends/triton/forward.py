@@ -209,13 +209,15 @@ def with_y(sums, z_y, q_y):  # (R, 1) each
 @triton.jit
 def store_part(at, rows, group, sums, first, STATS: tl.constexpr):
     """Store what `contract.Backend.part` gives of these rows; `rows`: how many there are in all."""
+    e_drop, argmax = tl.zeros_like(sums.so), tl.full(sums.so.shape, -1, tl.int32)
+    if STATS:
+        # Where no class is above -inf, argmax is the first, as in torch.
+        e_drop, argmax = sums.e_drop, tl.where(group.counted, tl.maximum(sums.argmax, 0) + first, -1)
+    part = RowSums(sums.m, sums.so, sums.z_y, sums.q_y, sums.q_others, sums.q_drop, e_drop, argmax)
     numbers = ()
     for i in tl.static_range(len(sums) - 1):
-        numbers += (tl.where(group.counted, sums[i], 0.0),)  # type: ignore[assignment]
-    argmax = sums.argmax
-    if STATS:
-        argmax = tl.maximum(argmax, 0) + first  # no class is above -inf: the first, as in torch
-    numbers += (tl.where(group.counted, argmax, -1),)
+        numbers += (tl.where(group.counted, part[i], 0.0),)  # type: ignore[assignment]
+    numbers += (argmax,)  # type: ignore[assignment]
     store_sums(RowSums(*numbers), at, rows, group.row_mask)  # type: ignore[call-arg]
 
 
