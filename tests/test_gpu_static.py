@@ -54,6 +54,7 @@ def test_every_kernel_is_there(report: dict[str, Any]) -> None:
         (target, dtype, V) for target in (*NVIDIA, "gfx942") for dtype in ("bf16", "f32") for V in (*ALIGNED, ODD)
     }
     kinds = {("forward", "loss"), ("forward", "fused"), ("forward", "recompute"), ("backward", "recompute")}
+    kinds |= {("forward", "shard"), ("backward", "shard")}
     found: dict[Any, set[Any]] = {}
     for row in report["rows"]:
         found.setdefault((row["target"], row["dtype"], row["V"]), set()).add((row["kernel"], row["schedule"]))

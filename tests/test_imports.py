@@ -16,7 +16,7 @@ import pytest
 import fused_ce
 
 PACKAGE = Path(fused_ce.__file__).parent
-LAUNCHED = ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "self_check", "targets")
+LAUNCHED = ("arguments", "kernels", "plan", "readable", "rows", "self_check")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
     "__init__": {
@@ -63,7 +63,15 @@ ARROWS = {
     "backends.cpu": {"_C", "_torch", "backends.pool", "operators"},
     "backends.pool": {"_C", "_torch"},
     "backends.triton.__init__": set(),
-    "backends.triton.launch": {"backends.reference", *(f"backends.triton.{name}" for name in LAUNCHED)},
+    "backends.triton.launch": {
+        "backends.reference",
+        *(f"backends.triton.{name}" for name in (*LAUNCHED, "shards", "targets")),
+    },
+    "backends.triton.shards": {"backends.reference", *(f"backends.triton.{name}" for name in LAUNCHED)},
+    "backends.triton.kernels": {
+        f"backends.triton.{name}"
+        for name in ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "targets")
+    },
     "backends.triton.self_check": {
         "backends.reference",
         *(f"backends.triton.{name}" for name in ("arguments", "compare", "plan", "readable", "rows", "targets")),
@@ -74,14 +82,15 @@ ARROWS = {
     "backends.triton.readable": {"_torch"},
     "backends.triton.rows": set(),
     "backends.triton.targets": set(),
-    "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "tiles")},
-    "backends.triton.backward": {f"backends.triton.{name}" for name in ("formula", "tiles")},
+    "backends.triton.forward": {f"backends.triton.{name}" for name in ("arguments", "formula", "sweep", "tiles")},
+    "backends.triton.backward": {f"backends.triton.{name}" for name in ("formula", "sweep", "tiles")},
     "backends.triton.reduce": {"backends.triton.tiles"},
-    "backends.triton.tiles": {"backends.triton.formula", "backends.triton.math"},
+    "backends.triton.sweep": {f"backends.triton.{name}" for name in ("formula", "math", "tiles")},
+    "backends.triton.tiles": {"backends.triton.formula"},
     "backends.triton.formula": {"backends.triton.math"},
     "backends.triton.math": set(),
 }
-KERNELS = {f"backends.triton.{name}" for name in ("backward", "formula", "forward", "math", "reduce", "tiles")}
+KERNELS = {f"backends.triton.{name}" for name in ("backward", "formula", "forward", "math", "reduce", "sweep", "tiles")}
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

@@ -81,6 +81,13 @@ SHARE = (  # target, dtype, classes, words: what `make test` runs
     ("sm_100", torch.float32, 19, "pixels inplace"),
     ("sm_100", torch.float32, 10, "probs target"),
 )
+SHARDS = (
+    (10, "shards none"),
+    (1000, "shards weight ignored few"),
+    (4099, "shards smooth inplace none"),
+    (50257, "shards inplace ignored none"),  # rows of both shards begin anywhere
+    (50257, "shards rows9 few"),
+)
 HALF = ("plain", "none", "fused inplace", "few", "inplace rows9", "smooth weight softcap scaled z stats", "probs")
 
 
@@ -110,11 +117,11 @@ def cases(dtypes: list[torch.dtype]) -> Iterator[Case]:
     """bfloat16 and float32 take all of them; the code of float16 differs from bfloat16's by a conversion."""
     table = [(C, words) for C in (10, 1000, 4099, 50257) for words in (*EVERYWHERE, *SHORT)]
     table += [(C, words) for C in (32000, 128256) for words in (*EVERYWHERE, *LONG)]
-    table += [*PIXELS, *LINEAR]
+    table += [*PIXELS, *LINEAR, *SHARDS]
     for dtype in dtypes:
         for C, words in table:
             whole = dtype in (torch.bfloat16, torch.float32)
-            if whole or words in HALF or (C, words) in (*PIXELS, *LINEAR):
+            if whole or words in HALF or (C, words) in (*PIXELS, *LINEAR, *SHARDS):
                 yield case(words, C, dtype)
 
 

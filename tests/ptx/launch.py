@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_ce.backends.triton import launch, plan
+from fused_ce.backends.triton import kernels, launch, plan
 
 from .code import Code
 from .faults import Faults
@@ -60,7 +60,7 @@ class Emulator:
         self.digests: list[str] = []  # of what each launch left in memory, and where it wrote
         self._codes: dict[str, Code] = {}
         self._patches = [
-            mock.patch.object(launch, "_launch", self.launch),
+            mock.patch.object(kernels, "launch", self.launch),
             mock.patch.object(launch, "unsupported", _unsupported(launch.unsupported)),
             mock.patch.object(plan, "device", return_value=self.compiler.device),
             mock.patch.object(torch, "empty", _filled(torch.empty)),
@@ -91,7 +91,7 @@ class Emulator:
             code = self._codes[kernel.hash] = Code(self.mutate(name, kernel.asm["ptx"]))
         assert (code.threads, code.ctas) == (32 * kernel.metadata.num_warps, kernel.metadata.num_ctas)
         machine = Machine(code, kernel.metadata.shared, self.faults, self.noise)
-        names = launch._kernels()[name].arg_names
+        names = kernels.table()[name].arg_names
         given = dict(zip(names, args, strict=False)) | meta
         leaves = [leaf for key, kind in kernel.src.signature.items() for leaf in _leaves(key, kind, given[key])]
         found = storages([(path, value) for path, kind, value in leaves if kind[0] == "*"])

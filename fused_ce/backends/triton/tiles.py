@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .formula import finite, row_grad, target_grad, transform
-from .math import exp_minus
+from ...contract import RowSums
+from .formula import transform
+
+ELSEWHERE = tl.constexpr(-2)  # y of a row whose target another shard of the classes holds
 
 
 class RowGroup(NamedTuple):
@@ -17,7 +19,7 @@ class RowGroup(NamedTuple):
     row_mask: Any  # which rows exist
     number: Any  # of the row among all
     counted: Any  # which rows are not ignored
-    y: Any  # the target; -1 for a class that does not exist, and where the target holds probabilities
+    y: Any  # the target, from the first class here; ELSEWHERE; -1 if no such class exists, and under probabilities
 
 
 class Source(NamedTuple):
@@ -27,24 +29,6 @@ class Source(NamedTuple):
     x_at: Any  # (R, 1)
     t_at: Any  # (R, 1), or None where the target holds class indices
     read: Any  # (R, 1), which rows are read
-
-
-class Sink(NamedTuple):
-    """Where a group's gradients go."""
-
-    grads: Any  # arguments.Grads
-    dx_at: Any  # (R, 1)
-    dt_at: Any  # (R, 1), or None where the target wants no gradient
-
-
-class RowTerms(NamedTuple):
-    """What the gradients of a row are made from besides its logits, (R, 1) each."""
-
-    y: Any
-    m: Any
-    lse_m: Any
-    factors: Any  # GradFactors
-    dt_scale: Any
 
 
 @triton.constexpr_function
@@ -128,13 +112,44 @@ def load_group(p, r, given, C, inner, ignore_index, bad, PROBS: tl.constexpr):
     if PROBS:
         counted, y = row_mask, tl.full(r.shape, -1, tl.int32)
     else:
-        counted, y = load_target(given.target, number, row_mask, C, ignore_index, bad)
+        total = C if given.shard is None else given.shard.total
+        counted, y = load_target(given.target, number, row_mask, total, ignore_index, bad)
+        if given.shard is not None:
+            here = y - given.shard.first
+            y = tl.where(y < 0, y, tl.where((here >= 0) & (here < C), here, ELSEWHERE))
     return RowGroup(o, i, row_mask, number, counted, y)
 
 
 @triton.jit
+def count_rows(given, inner):
+    """How many rows there are in all."""
+    count = inner.to(tl.int64)
+    if given.sizes is not None:
+        for d in tl.static_range(len(given.sizes)):
+            count *= given.sizes[d]
+    return count
+
+
+@triton.jit
+def store_sums(sums, at, step, mask):
+    """The RowSums, `step` float64 from one field to the next."""
+    for i in tl.static_range(len(sums)):
+        tl.store(at + i * step, sums[i].to(tl.float64), mask=mask)
+
+
+@triton.jit
+def read_sums(at, step, like, mask):
+    """The RowSums that `store_sums` left at this place, in the dtypes of `like`."""
+    numbers = ()
+    for i in tl.static_range(len(like)):
+        value = tl.load(at + i * step, mask=mask, other=0.0)
+        numbers += (value.to(like[i].dtype),)  # type: ignore[assignment]
+    return RowSums(*numbers)  # type: ignore[call-arg]
+
+
+@triton.jit
 def load_y(source, y, z_y, options):  # (R, 1) each
-    """z_y, unless it is known, and q_y. Class -1 is never read: its z_y is NaN."""
+    """z_y, unless it is known, and q_y; -inf and 0 from another shard. Class -1 is never read: its z_y is NaN."""
     logits, target = source.given.logits, source.given.target
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
     exists = source.read & (y >= 0)
@@ -144,9 +159,11 @@ def load_y(source, y, z_y, options):  # (R, 1) each
         t_y = tl.full(y.shape, 1.0, ACC)
         x_y = tl.load(logits.ptr + source.x_at + offset(y, logits.col, 1), mask=exists, other=float("nan")).to(ACC)
         z_y = transform(x_y, options)
-    q_y = (1.0 - options.e) * t_y + options.e / options.C
+    q_y = (1.0 - options.e) * t_y + options.e / options.total
     if source.given.weight is not None:
         q_y *= tl.load(source.given.weight + y, mask=exists, other=1.0).to(ACC)
+    if source.given.shard is not None:
+        z_y, q_y = tl.where(y == ELSEWHERE, float("-inf"), z_y), tl.where(y == ELSEWHERE, 0.0, q_y)
     return z_y, q_y
 
 
@@ -183,7 +200,7 @@ def load_z_and_q(
         t_at = source.t_at + offset(cols, target.col, ALIGN)
         q = tl.load(target.ptr + t_at, mask=mask, other=0.0, eviction_policy=KEEP).to(ACC)
     if DENSE:
-        q = (1.0 - options.e) * q + options.e / options.C
+        q = (1.0 - options.e) * q + options.e / options.total
         if weight is not None:
             w = tl.load(weight + cols) if col_mask is None else tl.load(weight + cols, mask=col_mask, other=0.0)
             q *= w.to(ACC)
@@ -195,93 +212,3 @@ def store_tile(matrix, at, values, mask):  # (R, B) each
     if matrix.ptr.dtype.element_ty != tl.float64:
         values = values.to(tl.float32)  # float64 has no way of its own to 16 bits
     tl.store(matrix.ptr + at, values.to(matrix.ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
-
-
-@triton.jit
-def store_grads(
-    source,
-    sink,
-    x,  # (R, B)
-    dx_at,  # (R, B)
-    cols,  # (R, B), which classes
-    col_mask,  # (R, B), which of them exist
-    group,
-    terms,  # RowTerms
-    options,
-    DENSE: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """The gradients of one tile, from the logits."""
-    logits, weight = source.given.logits, source.given.weight
-    z, q = load_z_and_q(source, x, cols, col_mask, options, DENSE, ALIGN, "evict_first")
-    e_c, mask = exp_minus(z, finite(terms.m), q.dtype, is_float32(logits.ptr.dtype)), group.row_mask & col_mask
-    dx = row_grad(x, e_c, q, cols == terms.y, terms.factors, options, DENSE)
-    store_tile(sink.grads.input, dx_at, tl.where(group.counted, dx, 0.0), mask)  # an ignored row may hold NaN
-    if sink.dt_at is not None:
-        w = None if weight is None else tl.load(weight + cols, mask=col_mask, other=0.0).to(z.dtype)
-        dt = target_grad(z, terms.m, terms.lse_m, w, terms.dt_scale)
-        store_tile(sink.grads.target, sink.dt_at + offset(cols, sink.grads.target.col, ALIGN), dt, mask)
-
-
-@triton.jit
-def edge_classes(C, dx_at, VECTOR: tl.constexpr):  # (R, 2 VECTOR) each
-    """The classes at both edges of a row that `sweep` stores on their own, and which of them there are."""
-    before = (dx_at % VECTOR).to(tl.int32)
-    _, edge = tile_indices(dx_at.shape[0], 2 * VECTOR)
-    cols = tl.where(edge < VECTOR, edge, (C + before) // VECTOR * VECTOR - before + edge - VECTOR)
-    return cols, tl.where(edge < VECTOR, (edge < VECTOR - before) & (before > 0), cols < C)
-
-
-@triton.jit
-def load_edges(source, dx_at, options, TILING: tl.constexpr):  # (R, 2 VECTOR), or None
-    """The logits of both edges. All copies of a small tile load it and one stores it: in place, a barrier between."""
-    if TILING.VECTOR > 1:
-        cols, col_mask = edge_classes(options.C, dx_at, TILING.VECTOR)
-        x = load_x(source, source.x_at + cols, col_mask, "evict_last")
-    else:
-        x = None
-    return x
-
-
-@triton.jit
-def sweep(
-    source,
-    sink,
-    edges,  # of `load_edges`
-    group,
-    terms,
-    options,
-    lanes,
-    DENSE: tl.constexpr,
-    TILING: tl.constexpr,
-):
-    """Store this program's share of the gradients of whole rows, last tile first: it may still be in the cache.
-
-    Rows that begin anywhere (VECTOR > 1) are cut where VECTOR values of the gradient fill 16 bytes of memory, so that
-    one instruction stores them; the few values at both edges are stored on their own. SAME: the logits are cut at the
-    same places.
-    """
-    C, x_col, dx_col = options.C, source.given.logits.col, sink.grads.input.col
-    x_at, dx_at = source.x_at, sink.dx_at
-    ALIGN: tl.constexpr = TILING.ALIGN
-    VECTOR: tl.constexpr = TILING.VECTOR
-    BLOCK: tl.constexpr = lanes.shape[-1]
-    tiles = tl.cdiv(C + (VECTOR - 1), BLOCK)
-    if VECTOR == 1:
-        for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
-            cols = lanes + (tiles - 1 - t) * BLOCK
-            x = load_x(source, x_at + offset(cols, x_col, ALIGN), cols < C, "evict_first")
-            dx = dx_at + offset(cols, dx_col, ALIGN)
-            store_grads(source, sink, x, dx, cols, cols < C, group, terms, options, DENSE, ALIGN)
-    else:
-        before = (dx_at % VECTOR).to(tl.int32)  # values between the last such place and the row
-        whole = (C + before) // VECTOR
-        x_cut, cut = x_at // VECTOR * VECTOR if TILING.SAME else x_at - before, dx_at // VECTOR * VECTOR
-        for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
-            place = lanes + (tiles - 1 - t) * BLOCK
-            col_mask = (place // VECTOR >= tl.minimum(before, 1)) & (place // VECTOR < whole)
-            x, cols = load_x(source, x_cut + place, col_mask, "evict_first"), place - before
-            store_grads(source, sink, x, cut + place, cols, col_mask, group, terms, options, DENSE, ALIGN)
-        if tl.program_id(1) == 0:
-            cols, col_mask = edge_classes(C, dx_at, VECTOR)
-            store_grads(source, sink, edges, dx_at + cols, cols, col_mask, group, terms, options, DENSE, ALIGN)
