@@ -254,14 +254,18 @@ def red(folder: Path, mutant: Mutant) -> str:
         raise SystemExit(f"{mutant.file} must hold once, not {before.count(mutant.line)} times: {mutant.line}")
     environment = os.environ | {"PYTHONPATH": str(folder), "FUSED_CE_BUILD_ISAS": "base"}
     build = f"{sys.executable} setup.py --quiet build_ext --inplace"
-    pytest = f"{sys.executable} -m pytest -x -q -p no:cacheprovider --show-capture=no {mutant.test}"
+    files, _, words = mutant.test.partition(" -k ")
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--show-capture=no", *files.split()]
+    pytest += ["-k", words.strip("'")] if words else []
     file.write_text(before.replace(mutant.line, mutant.mutation))
     try:
         if mutant.file.startswith("csrc"):
             subprocess.run(build, shell=True, cwd=folder, env=environment, check=True, capture_output=True)
-        run = subprocess.run(pytest, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+        run = subprocess.run(pytest, cwd=folder, env=environment, capture_output=True, text=True)
     finally:
         file.write_text(before)
+    if run.returncode in (4, 5):
+        raise SystemExit(f"pytest found no test in: {mutant.test}\n{run.stdout}{run.stderr}")
     failed = [line.split()[1] for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0] if failed else "" if run.returncode == 0 else f"pytest ended with {run.returncode}"
 
