@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..contract import RowSums
 from ..formula import rescale
-from . import status
 from .layout import Ranks
 from .rows import Rows
+from .status import LENGTH, Status, check, of_error, shards
 
 # What a rank sends of a row, in float64 whatever the logits are: ranks that were not called alike must still exchange
 # the same number of bytes, or the engine aborts the process (gloo) or waits for ever (NCCL) before anyone can say so.
@@ -28,11 +28,11 @@ ROW_BYTES = len(SENT) * 8
 MOST_GATHERED = 4 << 20
 
 
-def exchange(part: Tensor, mine: status.Status, rows: Rows, ranks: Ranks) -> RowSums:  # (8, R), of this rank's shard
+def exchange(part: Tensor, mine: Status, rows: Rows, ranks: Ranks) -> RowSums:  # (8, R), of this rank's shard
     """The sums of whole rows, with the same bits on every rank.
 
     Raises:
-        what `status.check` raises, on every rank. On a GPU, which would have to be waited for, nothing: where a rank
+        what `check` raises, on every rank. On a GPU, which would have to be waited for, nothing: where a rank
         failed, all losses are NaN.
     """
     numbers = torch.tensor(mine.numbers(), dtype=torch.float64, device=part.device)
@@ -47,7 +47,7 @@ def gathers(R: int, ranks: Ranks) -> bool:
 
 def fail(error: BaseException, R: int, device: torch.device, wants_stats: bool, ranks: Ranks) -> None:
     """Take part in what the other ranks are on their way into, so that they hear of the error."""
-    numbers = torch.tensor(status.of_error(error).numbers(), dtype=torch.float64, device=device)
+    numbers = torch.tensor(of_error(error).numbers(), dtype=torch.float64, device=device)
     nan = numbers.new_full((R,), math.nan)
     if gathers(R, ranks):
         _gather([nan] * len(SENT), numbers, ranks)
@@ -64,7 +64,7 @@ def _gathered(part: RowSums, numbers: Tensor, rows: Rows, ranks: Ranks) -> RowSu
     _check(told)
     m, so, z_y, q_drop, e_drop, argmax = sums.unbind(1)  # (P, R) each
     whole = m.amax(0)
-    q_others = rows.q_others(*status.shards(told))
+    q_others = rows.q_others(*shards(told))
     parts = rescale(RowSums(m, so, z_y, rows.q_y, q_others, q_drop, e_drop, argmax), whole)
     so, q_drop, e_drop = (sums.sum(0) for sums in (parts.so, parts.q_drop, parts.e_drop))
     return _whole(rows, whole, so, z_y.amax(0), q_drop, e_drop, _first(m, whole, argmax).amin(0))
@@ -98,13 +98,13 @@ def _gather(columns: list[Tensor], numbers: Tensor, ranks: Ranks) -> tuple[Tenso
         everything = sent
     else:
         dist.all_gather_into_tensor(everything, sent, group=ranks.group)
-    sums, told = torch.split(everything.view(ranks.size, -1), [len(sent) - status.LENGTH, status.LENGTH], 1)
+    sums, told = torch.split(everything.view(ranks.size, -1), [len(sent) - LENGTH, LENGTH], 1)
     return sums.reshape(ranks.size, len(columns), len(columns[0])), told
 
 
 def _highest(m: Tensor, numbers: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:  # (R,), (LENGTH,)
     """(R,) and (P, LENGTH)."""
-    slots = numbers.new_full((ranks.size, status.LENGTH), -math.inf)
+    slots = numbers.new_full((ranks.size, LENGTH), -math.inf)
     slots[ranks.rank] = numbers
     highest = _reduce(torch.cat([m, slots.view(-1)]), ranks, dist.ReduceOp.MAX)
     return highest[: len(m)], highest[len(m) :].view_as(slots)
@@ -123,4 +123,4 @@ def _first(m: Tensor, whole: Tensor, argmax: Tensor) -> Tensor:
 
 def _check(told: Tensor) -> None:  # (P, LENGTH)
     if told.is_cpu:
-        status.check(told)
+        check(told)

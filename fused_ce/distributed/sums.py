@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..contract import Backend, RowSums, row_shape
 from ..options import Options
-from . import status
 from .exchange import exchange, fail
 from .gate import judge
 from .layout import Ranks, locate
 from .rows import Rows, rows_of
+from .status import of_call
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def sums_of(
         call, backend = judge(input, target, weight, options, layout, name)
         rows = rows_of(call)
         part = backend.part(rows.call) if layout.held else _of_nothing(rows)
-        mine = status.of_call(call, layout.held)
+        mine = of_call(call, layout.held)
     except Exception as error:
         fail(error, math.prod(row_shape(input)), input.device, bool(options.return_stats), ranks)
         raise
