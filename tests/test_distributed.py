@@ -54,18 +54,12 @@ def share(call: Call, layout: str, rank: int, size: int) -> tuple[Tensor, dict[s
     return own, where
 
 
-def keywords(call: Call) -> dict[str, Any]:
-    given = call.options._asdict()
-    given.pop("shard")
-    return given
-
-
 def run_case(rank: int, size: int, number: int, layout: str, most_gathered: int) -> tuple[Tensor, Tensor]:
     exchange.MOST_GATHERED = most_gathered
     call = SHARDED[number].build()
     own, where = share(call, layout, rank, size)
     own = own.detach().requires_grad_()
-    loss = vocab_parallel_cross_entropy(own, call.target, call.weight, **where, **keywords(call))
+    loss = vocab_parallel_cross_entropy(own, call.target, call.weight, **where, **call.options.keywords())
     loss.backward(torch.ones_like(loss))
     return loss.detach(), own.grad
 

@@ -216,10 +216,9 @@ def _whole(
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = F.linear(input, linear_weight.flatten(0, -2), bias)
         logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
-    given = options._asdict()
-    for ours in ("inplace", "shard"):
-        given.pop(ours)
-    return cross_entropy(logits, target, weight, **given, backend=backend)
+    given = options.keywords()
+    given.pop("inplace")
+    return cross_entropy(logits, target, weight, **given, backend=backend)  # type: ignore[no-any-return]
 
 
 def _may_be_ignored(target: Tensor, options: Options) -> bool:
