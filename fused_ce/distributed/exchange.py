@@ -35,7 +35,7 @@ def exchange(part: Tensor, mine: Status, rows: Rows, ranks: Ranks) -> RowSums:  
         what `check` raises, on every rank. On a GPU, which would have to be waited for, nothing: where a rank
         failed, all losses are NaN.
     """
-    numbers = torch.tensor(mine.numbers(), dtype=torch.float64, device=part.device)
+    numbers = mine.numbers(part.device)
     if gathers(part.shape[1], ranks):
         return _gathered(RowSums(*part), numbers, rows, ranks)
     return _reduced(RowSums(*part), numbers, rows, ranks)
@@ -47,7 +47,7 @@ def gathers(R: int, ranks: Ranks) -> bool:
 
 def fail(error: BaseException, R: int, device: torch.device, wants_stats: bool, ranks: Ranks) -> None:
     """Take part in what the other ranks are on their way into, so that they hear of the error."""
-    numbers = torch.tensor(of_error(error).numbers(), dtype=torch.float64, device=device)
+    numbers = of_error(error).numbers(device)
     nan = numbers.new_full((R,), math.nan)
     if gathers(R, ranks):
         _gather([nan] * len(SENT), numbers, ranks)

@@ -32,18 +32,25 @@ class Status(NamedTuple):
     targets: int = 0  # likewise, of their values
     words: str = ""
 
-    def numbers(self) -> list[float]:
-        """LENGTH of them, each exact in float64."""
+    def numbers(self, device: torch.device) -> Tensor:  # (LENGTH,), each exact in float64
         *fields, words = self
-        text = [*map(ord, words)][: LENGTH - len(fields)]
-        return [*map(float, fields), *map(float, text)] + [0.0] * (LENGTH - len(fields) - len(text))
+        if device.type != "cpu":
+            # To bring a list there would wait for the device; and nobody reads more than `shards`.
+            there = torch.zeros(LENGTH, dtype=torch.float64, device=device)
+            for name in ("first", "held"):
+                there[self._fields.index(name)].fill_(getattr(self, name))
+            return there
+        told = [*map(float, fields), *map(float, map(ord, words))][:LENGTH]
+        return torch.tensor(told + [0.0] * (LENGTH - len(told)), dtype=torch.float64)
 
 
 def of_call(call: Call, held: int) -> Status:
     """Of a call that nothing was wrong with. On a GPU no values are compared, which would wait for it."""
     input, target, weight, options = call
     fields = options._replace(grad_scale=None, shard=None, inplace=False)
-    given = [_plain(value) for value in (*fields, None if weight is None else weight.sum())]
+    given = [
+        _plain(value) for value in (*fields, weight.sum() if weight is not None and weight.is_cpu else weight is None)
+    ]
     targets = 0
     if target.is_cpu:
         places = torch.arange(1, target.numel() + 1)

@@ -50,7 +50,7 @@ def sums_of(
 
 def _of_nothing(rows: Rows) -> Tensor:
     """The sums of no class, (8, R): those of ignored rows are the same on every rank."""
-    nothing = {"m": -math.inf, "z_y": -math.inf, "argmax": math.inf}
-    sums = rows.w_y.new_tensor([nothing.get(field, 0.0) for field in RowSums._fields])[:, None]
-    ignored = rows.w_y.new_tensor([0.0] * 7 + [-1.0])[:, None]
-    return torch.where(rows.counted, sums, ignored)
+    sums = RowSums(*rows.w_y.new_zeros(len(RowSums._fields), len(rows.y)))
+    lowest = sums.m.masked_fill(rows.counted, -math.inf)
+    argmax = torch.full_like(lowest, -1).masked_fill(rows.counted, math.inf)
+    return torch.stack(sums._replace(m=lowest, z_y=lowest, argmax=argmax))
