@@ -178,6 +178,10 @@ def cross_entropy(
     call = Call(input, target, weight, options)
     if backend is None and (chosen := gate.at_a_glance(call)):
         return _by_kernels(call, chosen)[0]
+    if gate.is_dtensor(input):
+        from .distributed import dtensor  # which imports what only DTensors need
+
+        return dtensor.cross_entropy(call, backend)
     if dtype is not None or grad_scale is not None or not options.is_plain:
         call = call._replace(options=check_keywords(options, getattr(input, "dtype", torch.float32)))
     loss, stats = _run(call, backend)
