@@ -18,7 +18,7 @@ from .. import gate
 from ..contract import Call, row_shape
 from ..functional import CrossEntropyOutput
 from ..functional import cross_entropy as of_all_classes
-from ..options import FLOATS, Options
+from ..options import FLOATS
 from . import status
 from .exchange import gather
 from .functional import vocab_parallel_cross_entropy
@@ -237,14 +237,14 @@ def _worst(mine: status.Status, layout: Layout) -> status.Status:
     """What the first of the ranks that hold other rows says that failed; `mine` where none did."""
     if mine.words:
         mine = mine._replace(words=f"{mine.words} (on rank {dist.get_rank()})")
-    numbers = torch.tensor(mine.numbers(), dtype=torch.float64)
+    numbers = mine.numbers(torch.device("cpu"))
     for dim in layout.row_dims:
         numbers = status.first_failed(gather(numbers, ranks_of(layout.mesh.get_group(dim))))
     return status.read(numbers)
 
 
 def _of_part(call: Call, layout: Layout, input: Tensor, backend: str | None) -> Tensor | CrossEntropyOutput:
-    keywords: dict[str, Any] = {name: getattr(call.options, name) for name in Options._fields if name != "shard"}
+    keywords = call.options.keywords()
     run: Any = of_all_classes
     if layout.class_dim is not None:
         run = vocab_parallel_cross_entropy
