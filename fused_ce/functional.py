@@ -115,7 +115,8 @@ def cross_entropy(
     """Cross entropy between logits and targets, with its gradient made in the same pass.
 
     A drop-in for `torch.nn.functional.cross_entropy`: the first eight arguments, their meaning, their
-    results and their errors are torch's. What the kernels do not take runs torch's own operators.
+    results and their errors are torch's. What the kernels do not take runs torch's own operators. DTensors may have
+    their classes or rows sharded: docs/distributed.md tells how the results lie.
 
     Args:
         input: logits, shape (N, C), (C) or (N, C, d1..dk); float32, float64, bfloat16 or float16.

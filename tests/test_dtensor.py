@@ -10,67 +10,20 @@ import torch
 import torch.nn.functional as F
 from accuracy import bits, relative_error
 from cases import CASES
+from dtensors import CLASSES, EPS, LAYOUTS, ROWS, mesh_of, placed, target_of, uneven
 from judge import check, check_grad, expected_of
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 import fused_ce
 from fused_ce import cross_entropy
-from fused_ce.backends import cpu
 
-EPS = torch.finfo(torch.float32).eps
-ROWS, CLASSES, PIXELS, COPY, PART = "rows", "classes", "pixels", "copy", "part"
-# What the dimensions of a mesh shard; a second one has two ranks.
-LAYOUTS = [
-    (ROWS,),
-    (CLASSES,),
-    (PIXELS,),
-    (COPY,),
-    (PART,),
-    (ROWS, CLASSES),
-    (CLASSES, ROWS),
-    (PIXELS, CLASSES),
-    (ROWS, ROWS),
-    (CLASSES, CLASSES),
-    (ROWS, COPY),
-    (PART, CLASSES),
-]
 # A layout is held to some of the cases, and each case by some layout.
 SMALL = [case for case in CASES if case.N * case.C <= 2500]
 CASES_OF = {layout: SMALL[number :: len(LAYOUTS)] for number, layout in enumerate(LAYOUTS)}
-_meshes: dict[tuple[int, ...], DeviceMesh] = {}
-
-
-def mesh_of(size: int, layout: tuple[str, ...] = (ROWS,)) -> DeviceMesh:
-    shape = (size,) if len(layout) == 1 else (size // 2, 2)
-    if shape not in _meshes:
-        _meshes[shape] = DeviceMesh("cpu", torch.arange(size).view(shape))
-    return _meshes[shape]
-
-
-def placed(whole: Tensor, layout: tuple[str, ...], size: int, has_classes: bool = True) -> DTensor:
-    """Logits (N, C, d1..dk) or, without classes, targets, placed as the logits' layout has it."""
-    mesh, dims = mesh_of(size, layout), whole.dim() + (not has_classes)
-    places: list[Any] = []
-    for what in layout:
-        dim = {ROWS: 0 if dims > 1 else None, CLASSES: min(1, dims - 1), PIXELS: 2 if dims > 2 else None}.get(what)
-        if not has_classes and dim is not None:
-            dim = None if what == CLASSES else max(0, dim - 1)
-        places.append(Replicate() if dim is None else Shard(dim))
-    if not has_classes or PART not in layout:
-        return distribute_tensor(whole, mesh, places)
-    local = distribute_tensor(whole, mesh, places).to_local()
-    local = local if mesh.get_coordinate()[0] == 0 else torch.zeros_like(local)
-    places[0] = Partial()
-    return DTensor.from_local(local, mesh, places, shape=whole.shape, stride=whole.contiguous().stride())
-
-
-def target_of(target: Tensor, layout: tuple[str, ...], size: int, has_probs: bool = False) -> DTensor:
-    layout = tuple(COPY if what == PART else what for what in layout)
-    return placed(target, layout, size, has_classes=has_probs)
 
 
 def run_cases(rank: int, size: int, layout: tuple[str, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -98,14 +51,6 @@ def test_every_case(ranks: Ranks, layout: tuple[str, ...]) -> None:
         for loss, grad in results:
             assert torch.equal(bits(loss), bits(results[0][0])), case
             assert torch.equal(bits(grad), bits(results[0][1])), case
-
-
-def uneven(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (7, 10), of which the last rows, and so the last ranks', are nearly all ignored; targets and weights."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 10, generator=generator, dtype=torch.float64) * 3
-    y = torch.tensor([3, 9, 0, 5, -100, -100, 2])
-    return x.to(dtype), y, torch.linspace(0.01, 3, 10, dtype=torch.float64).to(dtype)
 
 
 def run_means(rank: int, size: int, keywords: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -209,93 +154,6 @@ def test_targets_and_weights_wherever_they_lie(ranks: Ranks) -> None:
     exact = float(F.cross_entropy(x.double(), y, w.double()))
     for found in ranks(run_targets):
         assert found == pytest.approx([exact] * len(found), rel=4 * EPS)
-
-
-def run_refusals(rank: int, size: int) -> None:
-    x, y, w = uneven()
-    mesh = mesh_of(size)
-    by_class, by_row = (distribute_tensor(x, mesh, [Shard(dim)]).requires_grad_() for dim in (1, 0))
-    with pytest.raises(ValueError, match=r"expected targets as a DTensor .* wrap it by DTensor.from_local"):
-        cross_entropy(by_row, y)
-    other = DeviceMesh("cpu", torch.arange(size).view(1, size))
-    with pytest.raises(ValueError, match="expected targets on the logits' mesh"):
-        cross_entropy(by_class, distribute_tensor(y, other, [Replicate(), Replicate()]))
-    with pytest.raises(ValueError, match=r"expected targets of shape \(7,\) .* got \(6,\)"):
-        cross_entropy(by_class, y[:6])
-    with pytest.raises(NotImplementedError, match="class weights without a gradient"):
-        cross_entropy(by_class, y, w.requires_grad_())
-    with pytest.raises(ValueError, match="softcap must be a positive"):
-        cross_entropy(by_row, distribute_tensor(y, mesh, [Shard(0)]), softcap=-1.0)
-    with pytest.raises(RuntimeError, match="inplace=True would overwrite a leaf"):
-        cross_entropy(by_class, y, inplace=True)
-    (first,) = torch.autograd.grad(cross_entropy(by_class, y), by_class, create_graph=True)
-    with pytest.raises(RuntimeError, match="one derivative"):
-        first.pow(2).sum().backward()
-
-
-def test_refusals(ranks: Ranks) -> None:
-    ranks(run_refusals)
-
-
-def run_failure(rank: int, size: int, layout: tuple[str, ...], what: str) -> str:
-    """One rank, or the ranks of one part of the rows, have a bad target, or no memory."""
-    x, y, _ = uneven()
-    y[6] = 10 if what == "target" else 1
-    own, target = placed(x, layout, size).requires_grad_(), target_of(y, layout, size)
-    with pytest.MonkeyPatch.context() as patch:
-        if what == "memory" and rank == size - 1:
-            for name in ("forward", "part"):
-                patch.setattr(cpu, name, no_memory)
-        with pytest.raises(IndexError if what == "target" else MemoryError) as caught:
-            cross_entropy(own, target)
-    y[6] = 1
-    loss = cross_entropy(placed(x, layout, size), target_of(y, layout, size)).full_tensor()
-    assert relative_error(loss, F.cross_entropy(x.double(), y)) <= 4 * EPS
-    return str(caught.value)
-
-
-def no_memory(*_: Any) -> Any:
-    raise MemoryError("no memory")
-
-
-@pytest.mark.parametrize("what", ["target", "memory"])
-@pytest.mark.parametrize(
-    "layout", [(ROWS,), (CLASSES,), (ROWS, CLASSES), (CLASSES, ROWS), (ROWS, ROWS)], ids=" x ".join
-)
-def test_a_failure_on_one_rank_raises_on_all(ranks: Ranks, layout: tuple[str, ...], what: str) -> None:
-    words = "Target 10 is out of bounds" if what == "target" else "no memory"
-    told = ranks(run_failure, layout, what)
-    assert all(words in message for message in told)
-    if layout == (ROWS,):
-        assert f"(on rank {ranks.size - 1})" in told[0]
-
-
-def run_in_place(rank: int, size: int, dim: int, dtype: torch.dtype) -> None:
-    x, y, _ = uneven(dtype)
-    leaf = distribute_tensor(x, mesh_of(size), [Shard(dim)]).requires_grad_()
-    target = distribute_tensor(y, mesh_of(size), [Replicate() if dim else Shard(0)])
-    (grad,) = torch.autograd.grad(cross_entropy(leaf, target), leaf)
-    logits = leaf * 1
-    (again,) = torch.autograd.grad(cross_entropy(logits, target, inplace=True), leaf)
-    for found in (again, logits.detach()):
-        assert torch.equal(bits(found.to_local()), bits(grad.to_local()))
-    logits = leaf * 1
-    saved = logits.pow(2).sum()
-    loss = cross_entropy(logits, target, inplace=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss + saved).backward()
-    for changed in (0, 1):  # the logits, or the target, before a backward that may read them
-        logits, labels = leaf * 1, target.clone()
-        loss = cross_entropy(logits, labels, reduction="sum")
-        (logits, labels)[changed].add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dim", [0, 1])
-def test_in_place(ranks: Ranks, dim: int, dtype: torch.dtype) -> None:
-    ranks(run_in_place, dim, dtype)
 
 
 def run_what_users_call_next(rank: int, size: int) -> None:
