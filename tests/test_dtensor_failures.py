@@ -28,6 +28,8 @@ def run_refusals(rank: int, size: int) -> None:
         cross_entropy(by_class, distribute_tensor(y, other, [Replicate(), Replicate()]))
     with pytest.raises(ValueError, match=r"expected targets of shape \(7,\) .* got \(6,\)"):
         cross_entropy(by_class, y[:6])
+    with pytest.raises(TypeError, match="expected targets as a tensor, got list"):
+        cross_entropy(by_class, y.tolist())
     with pytest.raises(NotImplementedError, match="class weights without a gradient"):
         cross_entropy(by_class, y, w.requires_grad_())
     with pytest.raises(ValueError, match="softcap must be a positive"):

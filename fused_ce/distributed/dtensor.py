@@ -45,7 +45,8 @@ def cross_entropy(call: Call, backend: str | None) -> Tensor | CrossEntropyOutpu
 
     Raises:
         what `fused_ce.cross_entropy` and `vocab_parallel_cross_entropy` raise; on a CPU on all ranks, if on one.
-        ValueError: the target has another shape or lies on another mesh, or rows are sharded and it is no DTensor.
+        TypeError: the target is no tensor.
+        ValueError: it has another shape or lies on another mesh, or rows are sharded and it is no DTensor.
         NotImplementedError: class weights want a gradient.
     """
     if torch.compiler.is_compiling():
@@ -56,6 +57,8 @@ def cross_entropy(call: Call, backend: str | None) -> Tensor | CrossEntropyOutpu
 
 def _run(call: Call, backend: str | None) -> Tensor | CrossEntropyOutput:
     input, target, weight, options = call
+    if not isinstance(target, Tensor):
+        raise TypeError(f"expected targets as a tensor, got {type(target).__name__}")
     wants_grad = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
     if options.inplace and wants_grad:
         gate.check_no_leaf(input)
