@@ -1,13 +1,18 @@
-# make demo | test | quick | bench | lint | format | sanitize | clean. The environment in .venv is made on the first call.
+# make demo | demo-distributed | test | quick | bench | lint | format | sanitize | clean. The environment in .venv is
+# made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test quick bench lint format sanitize build clean
+.PHONY: demo demo-distributed test quick bench lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/mnist_from_scratch.py $(ARGS)
+
+# A head sharded over two ranks, each a process of this machine.
+demo-distributed: build
+	$(BIN)/python examples/tensor_parallel.py $(ARGS)
 
 test: build
 	$(BIN)/pytest $(ARGS)

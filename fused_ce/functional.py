@@ -115,7 +115,8 @@ def cross_entropy(
     """Cross entropy between logits and targets, with its gradient made in the same pass.
 
     A drop-in for `torch.nn.functional.cross_entropy`: the first eight arguments, their meaning, their
-    results and their errors are torch's. What the kernels do not take runs torch's own operators.
+    results and their errors are torch's. What the kernels do not take runs torch's own operators. DTensors may have
+    their classes or rows sharded: docs/distributed.md tells how the results lie.
 
     Args:
         input: logits, shape (N, C), (C) or (N, C, d1..dk); float32, float64, bfloat16 or float16.
@@ -178,6 +179,10 @@ def cross_entropy(
     call = Call(input, target, weight, options)
     if backend is None and (chosen := gate.at_a_glance(call)):
         return _by_kernels(call, chosen)[0]
+    if gate.is_dtensor(input):
+        from .distributed import dtensor  # which imports what only DTensors need
+
+        return dtensor.cross_entropy(call, backend)
     if dtype is not None or grad_scale is not None or not options.is_plain:
         call = call._replace(options=check_keywords(options, getattr(input, "dtype", torch.float32)))
     loss, stats = _run(call, backend)

@@ -48,6 +48,8 @@ def judge(
             f"expected one class weight for each of all {layout.shard.total} classes on every rank, "
             f"got {tuple(weight.shape)} of {weight.dtype}"
         )
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("expected class weights without a gradient, got some that require it; detach them")
     if options.reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}")
     if not isinstance(options.label_smoothing, (float, int)) or options.label_smoothing > 1:  # as torch has it

@@ -6,7 +6,6 @@ A status is LENGTH numbers: how the rank fared, what it was called with, and in 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,10 +84,10 @@ def check(numbers: Tensor) -> None:  # (P, LENGTH)
         RuntimeError: the ranks were not called alike.
         ValueError: their shards are not the vocabulary.
     """
-    everyone = [_read(row) for row in numbers.tolist()]
+    everyone = [read(row) for row in numbers]
     for rank, status in enumerate(everyone):
-        if status.error != _FINE:
-            raise _ERRORS[status.error](f"{status.words} (on rank {rank} of the group)")
+        if error := error_of(status, f" (on rank {rank} of the group)"):
+            raise error
     for field, what in (
         ("total", "vocab_size"),
         ("options", "options or class weights"),
@@ -114,10 +113,22 @@ def check(numbers: Tensor) -> None:  # (P, LENGTH)
         )
 
 
-def _read(numbers: Sequence[float]) -> Status:
+def error_of(status: Status, where: str = "") -> Exception | None:
+    """What a rank failed with; None if it did not."""
+    return None if status.error == _FINE else _ERRORS[status.error](status.words + where)
+
+
+def first_failed(numbers: Tensor) -> Tensor:  # (P, LENGTH) -> (LENGTH,)
+    """The numbers of the first rank that failed; those of the first of all, if none did."""
+    return numbers[int((numbers[:, 0] != _FINE).byte().argmax())]
+
+
+def read(numbers: Tensor) -> Status:  # (LENGTH,)
+    """The status that gave these numbers."""
     count = len(Status._fields) - 1
-    fields = [int(number) if number == number else 0 for number in numbers[:count]]
-    return Status(*fields, "".join(chr(int(code)) for code in numbers[count:] if code > 0))  # type: ignore[arg-type, call-arg]
+    values = numbers.tolist()
+    fields = [int(number) if number == number else 0 for number in values[:count]]
+    return Status(*fields, "".join(chr(int(code)) for code in values[count:] if code > 0))  # type: ignore[arg-type, call-arg]
 
 
 def shards(numbers: Tensor) -> tuple[Tensor, Tensor]:  # (P, LENGTH) -> (P, 1) each
