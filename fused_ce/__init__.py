@@ -7,6 +7,7 @@ from .linear.functional import linear_cross_entropy
 from .linear.module import LinearCrossEntropyLoss
 from .missing import warn as _warn
 from .module import CrossEntropyLoss
+from .patching import is_patched, left_out, patch, patched, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,7 +18,12 @@ __all__ = [
     "check_targets",
     "cross_entropy",
     "empty_cache",
+    "is_patched",
+    "left_out",
     "linear_cross_entropy",
+    "patch",
+    "patched",
+    "unpatch",
 ]
 
 _warn()
