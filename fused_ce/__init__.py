@@ -5,6 +5,7 @@ from .backends.triton.launch import check_targets
 from .functional import CrossEntropyOutput, cross_entropy
 from .linear.functional import linear_cross_entropy
 from .linear.module import LinearCrossEntropyLoss
+from .logprobs import linear_token_logprobs, token_logprobs
 from .missing import warn as _warn
 from .module import CrossEntropyLoss
 from .patching import is_patched, left_out, patch, patched, unpatch
@@ -21,8 +22,10 @@ __all__ = [
     "is_patched",
     "left_out",
     "linear_cross_entropy",
+    "linear_token_logprobs",
     "patch",
     "patched",
+    "token_logprobs",
     "unpatch",
 ]
 

@@ -32,8 +32,8 @@ class LinearHead:
         return (_new, (stock_class(self),), *super().__reduce_ex__(protocol)[2:])
 
 
-def check(model: Any, causal: bool) -> None:
-    """Refuse a model whose forward or head is not what `put` takes.
+def check(model: Any, causal: bool, softcap: float | None) -> None:
+    """Refuse a model whose forward or head is not what `put` takes, or that has a softcap besides the one asked for.
 
     Raises:
         TypeError: which, and what to do.
@@ -49,15 +49,15 @@ def check(model: Any, causal: bool) -> None:
             f"the forward of this {cls.__name__} was replaced (by accelerate, TRL or another patch), so that "
             "linear=True would have no effect; patch before that"
         )
+    if softcap is not None and _softcap(model) is not None:
+        raise TypeError(f"expected no softcap, since {cls.__name__} has its own, {_softcap(model)}; drop it")
     _head(model)
 
 
 def put(model: Any) -> None:
     """Replace the model's class by one with the other forward."""
-    options = model.loss_function.keywords
-    if options.get("softcap") is not None and _softcap(model) is not None:
-        raise TypeError(f"expected no softcap, since {type(model).__name__} has its own, {_softcap(model)}; drop it")
-    model.__class__ = _class(type(model))
+    stock: Any = type(model)
+    model.__class__ = _class(stock)
 
 
 def remove(model: Any) -> None:

@@ -114,7 +114,7 @@ def patch(model: Model, *, linear: bool = False, **options: Any) -> Model:
             "language model. Train under `with fused_ce.patched():`"
         )
     if linear:
-        linear_head.check(own, mine is causal_lm_loss)
+        linear_head.check(own, mine is causal_lm_loss, options.get("softcap"))
     linear_head.remove(own)
     own.loss_function = functools.partial(mine, **options)
     if linear:
