@@ -85,11 +85,15 @@ def trained(model: Any, steps: int, folder: Any, accumulation: int = 4, **argume
         dataloader_pin_memory=False,
         **arguments,
     )
+    # Of products this small, threads cost more than they give.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     rows = [{name: value[0] for name, value in batch(1, seed).items()} for seed in range(24)]
     losses.clear()
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _Losses(model=model, args=settings, train_dataset=rows).train()
+    torch.set_num_threads(threads)
     return list(losses)
 
 

@@ -32,20 +32,23 @@ with warnings.catch_warnings():
 from fused_ce.integrations import trl as ours
 
 pytestmark = pytest.mark.filterwarnings("default")
-THEIRS = ours._THEIRS
+THEIRS = dict(ours._THEIRS)
 ROWS, CLASSES = (3, 7), 50
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
 @pytest.fixture(autouse=True)
 def unpatched() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of products this small, more cost more than they give
     yield
+    torch.set_num_threads(threads)
     ours.unpatch()
     assert all(vars(utils)[name] is theirs for name, theirs in THEIRS.items())
 
 
-def made(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(3).to(dtype).requires_grad_()
+def made(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 3.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(scale).to(dtype).requires_grad_()
 
 
 def indices(*shape: int, below: int = CLASSES) -> Tensor:
@@ -75,9 +78,13 @@ def test_selective_log_softmax(dtype: torch.dtype, several: bool, masked: bool, 
     expected = THEIRS["selective_log_softmax"](double, index, temperature, mask)
     found = ours.selective_log_softmax(z, index, temperature, mask)
     assert found.shape == index.shape
-    torch.testing.assert_close(found.double(), expected, rtol=close(dtype), atol=0)
+    # Several are differences, z - lse, and their gradient in 16 bits the sum of two that are rounded.
+    largest = float(z.detach().abs().max()) / temperature
+    torch.testing.assert_close(found.double(), expected, rtol=close(dtype), atol=several * close(dtype) / 10 * largest)
     (grad,), (exact,) = torch.autograd.grad(found.sum(), z), torch.autograd.grad(expected.sum(), double)
-    assert relative_error(grad, exact, 4 * (double.detach() / temperature).softmax(-1) + exact.abs()) <= close(dtype)
+    terms = 4 * (double.detach() / temperature).softmax(-1) + exact.abs()
+    twice = 2**-8 if several and dtype == torch.bfloat16 else 0.0
+    assert relative_error(grad, exact, terms) <= close(dtype) + twice
 
 
 @DTYPES
@@ -85,11 +92,14 @@ def test_entropies(dtype: torch.dtype) -> None:
     z, index, mask = made(*ROWS, CLASSES, dtype=dtype), indices(*ROWS), indices(*ROWS, below=2)
     double = z.detach().double().requires_grad_()
     expected = THEIRS["entropy_from_logits"](double)
-    torch.testing.assert_close(ours.entropy_from_logits(z.detach()).double(), expected, rtol=5 * close(dtype), atol=0)
+    entropy = ours.entropy_from_logits(z.detach())
+    # docs/contract.md: where one class is all but certain, right to 1e-7.
+    near = {"rtol": close(dtype), "atol": 3e-7 if dtype != torch.float64 else 1e-14}
+    torch.testing.assert_close(entropy.double(), expected, **near)
     _, expected = THEIRS["selective_log_softmax_and_entropy"](double, index, True, 0.7, mask)
     found = ours.selective_log_softmax_and_entropy(z, index, False, 0.7, mask)
     assert not found[1].requires_grad
-    torch.testing.assert_close(found[1].double(), expected, rtol=5 * close(dtype), atol=0)
+    torch.testing.assert_close(found[1].double(), expected, **near)
     # Where a gradient is wanted, there is one.
     for entropy in (
         ours.entropy_from_logits(z / 0.7).masked_fill(mask == 0, 0),
@@ -105,7 +115,7 @@ def test_entropies(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_from_hidden_states(softcap: float | None, with_bias: bool) -> None:
-    hidden, W = made(9, 16, dtype=torch.float32), made(CLASSES, 16, dtype=torch.float32, seed=1)
+    hidden, W = made(9, 16, dtype=torch.float32), made(CLASSES, 16, dtype=torch.float32, seed=1, scale=0.3)
     bias = made(CLASSES, dtype=torch.float32) if with_bias else None
     wanted = tuple(name for name in ("entropy", "mean_logits", "is_top1") if not (softcap and name == "mean_logits"))
     arguments = (bias, indices(9), 0.7, 32, softcap, 1.3)
@@ -113,8 +123,10 @@ def test_from_hidden_states(softcap: float | None, with_bias: bool) -> None:
     found = ours.ChunkedLogProb.apply(hidden, W, *arguments, wanted)
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine is None) == (theirs is None)
-        if mine is not None and theirs is not None:
-            torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
+        if mine is not None and mine.dtype == torch.bool:
+            assert torch.equal(mine, theirs)
+        elif mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5 * float(theirs.detach().abs().max()))
     inputs = [t for t in (hidden, W, bias) if t is not None]
     grads = (torch.autograd.grad(logps[0].sum(), inputs, retain_graph=True) for logps in (found, expected))
     for mine, theirs in zip(*grads, strict=True):
@@ -183,6 +195,10 @@ def text(words: int, seed: int) -> str:
     return " ".join(WORDS[i] for i in indices(words, below=60) + 0 * seed) + f" {WORDS[seed % 60]} "
 
 
+def language_model() -> Any:
+    return hf_models.model("Llama", vocab_size=63, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+
+
 def reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion.split())) % 3) for completion in completions]
 
@@ -198,15 +214,15 @@ def logs(kind: str, folder: Path, **config: Any) -> list[dict[str, float]]:
     more: dict[str, Any] = {}
     if kind == "DPO":
         rows = [{"prompt": text(4, i), "chosen": text(5, i), "rejected": text(6, i + 1)} for i in range(16)]
+        more["ref_model"] = language_model()
     if kind == "GRPO":
         rows = [{"prompt": text(4, i)} for i in range(16)]
-        settings |= {"num_generations": 4, "max_completion_length": 8, "beta": 0.04}
+        settings |= {"num_generations": 4, "max_completion_length": 8}
         more["reward_funcs"] = reward
-    base = hf_models.model("Llama", vocab_size=63, pad_token_id=0, eos_token_id=1, bos_token_id=1)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = getattr(trl, f"{kind}Trainer")(
-            base, args=getattr(trl, f"{kind}Config")(**settings), train_dataset=Dataset.from_list(rows),
+            language_model(), args=getattr(trl, f"{kind}Config")(**settings), train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer(), **more,
         )  # fmt: skip
         trainer.train()
