@@ -44,7 +44,7 @@ def test_equal_curves_in_bfloat16(linear: bool, tmp_path: Path) -> None:
     curve = trained(hf.patch(model("Llama", torch.bfloat16), linear=linear), 12, tmp_path)
     expected = stock_curve("Llama", torch.bfloat16)
     # A head's product of bfloat16 is rounded alike either way, and so are the gradients; which way ties go is not.
-    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=2e-3 if linear else 2e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=2e-3 if linear else 5e-4, atol=0)
 
 
 @WAYS

@@ -18,7 +18,6 @@ from ..linear.functional import linear_cross_entropy
 # Models whose forward was read: a base model, an nn.Linear named lm_head, in Gemma 2 a softcap, and the loss. Any other
 # is taken if its forward has the same code as one of theirs.
 _READ = ("LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM", "MistralForCausalLM")
-_SOFTCAP = "final_logit_softcapping"
 
 
 class LinearHead:
@@ -49,8 +48,9 @@ def check(model: Any, causal: bool, softcap: float | None) -> None:
             f"the forward of this {cls.__name__} was replaced (by accelerate, TRL or another patch), so that "
             "linear=True would have no effect; patch before that"
         )
-    if softcap is not None and _softcap(model) is not None:
-        raise TypeError(f"expected no softcap, since {cls.__name__} has its own, {_softcap(model)}; drop it")
+    if softcap is not None and _has_softcap(cls) and model.config.final_logit_softcapping is not None:
+        own = model.config.final_logit_softcapping
+        raise TypeError(f"expected no softcap, since {cls.__name__} has its own, {own}; drop it")
     _head(model)
 
 
@@ -95,6 +95,7 @@ def divisor(num_items: int | Tensor | None, like: Tensor) -> Tensor | None:  # (
 @functools.cache
 def _class(stock: Any) -> Any:
     names = list(inspect.signature(stock.forward).parameters)[1:]  # without self
+    has_softcap = _has_softcap(stock)  # torch.compile cannot look into sources
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
@@ -105,7 +106,7 @@ def _class(stock: Any) -> Any:
         asked = not (isinstance(kept, int) and kept == 0) or not (self.training if skip is None else skip)
         if given.get("labels") is None or asked:
             return stock.forward(self, **given)
-        return _forward(self, given)
+        return _forward(self, given, self.config.final_logit_softcapping if has_softcap else None)
 
     return type(stock.__name__, (LinearHead, stock), {"__module__": stock.__module__, "forward": forward})
 
@@ -114,7 +115,7 @@ def _new(stock: Any) -> Any:
     return _class(stock).__new__(_class(stock))
 
 
-def _forward(model: Any, given: dict[str, Any]) -> Any:
+def _forward(model: Any, given: dict[str, Any], softcap: float | None) -> Any:
     for_base, options = dict(given), dict(model.loss_function.keywords)
     labels, shift_labels = for_base.pop("labels"), for_base.pop("shift_labels", None)
     num_items, ignore_index = for_base.pop("num_items_in_batch", None), for_base.pop("ignore_index", -100)
@@ -122,7 +123,7 @@ def _forward(model: Any, given: dict[str, Any]) -> Any:
     for_base.pop("logits_to_keep", None)
     outputs = model.base_model(**for_base, return_dict=True)
     hidden, head = outputs.last_hidden_state, _head(model)
-    if (softcap := _softcap(model)) is not None:
+    if softcap is not None:
         # The options apply to logits that the model has capped, but the formula scales first.
         options["softcap"] = softcap * abs(options.get("logit_scale", 1.0))
     target = shifted(labels, ignore_index) if shift_labels is None else shift_labels
@@ -170,10 +171,8 @@ def _head(model: Any) -> nn.Linear:
     return head
 
 
-def _softcap(model: Any) -> float | None:
-    if _SOFTCAP not in _code(stock_class(model)):
-        return None
-    return getattr(model.config, _SOFTCAP)  # type: ignore[no-any-return]
+def _has_softcap(cls: Any) -> bool:
+    return "final_logit_softcapping" in _code(cls)
 
 
 @functools.cache
