@@ -56,6 +56,8 @@ def test_linear_takes_positional_arguments() -> None:
     mask = torch.ones_like(inputs["input_ids"])
     loss = patched(inputs["input_ids"], mask, labels=inputs["labels"]).loss
     assert torch.equal(loss, patched(**inputs, attention_mask=mask).loss)
+    with pytest.raises(TypeError, match="input_ids"):
+        patched(inputs["input_ids"], **inputs)
 
 
 def other_forward() -> Any:

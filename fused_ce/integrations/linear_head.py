@@ -99,6 +99,8 @@ def _class(stock: Any) -> Any:
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
+        if len(args) > len(names) or keywords.keys() & set(names[: len(args)]):
+            return stock.forward(self, *args, **keywords)  # which says what is wrong
         given = dict(zip(names, args, strict=False)) | keywords
         # The name is Liger's and TRL's for it.
         skip = given.pop("skip_logits", None)
