@@ -14,7 +14,7 @@ demo: build
 demo-distributed: build
 	$(BIN)/python examples/tensor_parallel.py $(ARGS)
 
-test: build
+test: build .venv/integrations
 	$(BIN)/pytest $(ARGS)
 
 # The edit loop: the contract of the C++ and reference backends.
@@ -50,6 +50,11 @@ build: .venv/installed
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install "setuptools>=77" "pybind11>=3" ninja
 	$(BIN)/pip install --no-build-isolation --editable ".[test,demo,bench,dev]" "$(TORCH)"
+	touch $@
+
+# transformers, trl and the like, for their tests alone. After the build, which pip would otherwise run beside it.
+.venv/integrations: pyproject.toml | build
+	$(BIN)/pip install --no-build-isolation --editable ".[integrations]" "$(TORCH)"
 	touch $@
 
 # Leaves .venv; remove that by hand to start from nothing.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _torch, operators
 from .backends import dispatch
@@ -95,6 +96,21 @@ def composite(call: Call) -> tuple[Tensor, Stats | None]:
 
 
 def _by_torch(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    tensors = (input, target, weight)
+    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+        # Torch itself would tell overrides the name's present value, which under `patch` is not what they know.
+        return handle_torch_function(
+            _torch_cross_entropy,
+            tensors,
+            input,
+            target,
+            weight=weight,
+            size_average=None,
+            ignore_index=options.ignore_index,
+            reduce=None,
+            reduction=options.reduction,
+            label_smoothing=options.label_smoothing,
+        )
     return _torch_cross_entropy(
         input,
         target,

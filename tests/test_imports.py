@@ -25,9 +25,17 @@ ARROWS = {
         "functional",
         "linear.functional",
         "linear.module",
+        "logprobs",
         "missing",
         "module",
+        "patching",
     },
+    "logprobs": {"functional", "linear.functional"},
+    "patching": {"_torch", "functional", "linear.functional"},
+    "integrations.__init__": set(),
+    "integrations.linear_head": {"linear.functional"},
+    "integrations.transformers": {"functional", "integrations.linear_head"},
+    "integrations.trl": {"functional", "linear.functional", "logprobs"},
     "missing": set(),
     "module": {"functional"},
     "functional": {"_torch", "autograd", "distributed.dtensor", "gate", "ops"},
@@ -118,7 +126,10 @@ def imports(module: str) -> tuple[set[str], set[str]]:
     return inside, outside - set(sys.stdlib_module_names)
 
 
-PACKAGES = {"fused_ce", "fused_ce.backends", "fused_ce.backends.triton", "fused_ce.distributed", "fused_ce.linear"}
+PACKAGES = {
+    "fused_ce",
+    *(f"fused_ce.{name}" for name in ("backends", "backends.triton", "distributed", "integrations", "linear")),
+}
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
@@ -138,6 +149,8 @@ def test_arrows(module: str) -> None:
         allowed = {"triton"}
     elif module.startswith("backends.triton"):
         allowed = {"torch", "triton"}
+    elif module.startswith("integrations"):
+        allowed = {"torch", "transformers", "trl"}
     else:
         allowed = {"torch", "typing_extensions"}  # torch requires the second
     assert outside <= allowed
@@ -238,7 +251,7 @@ def test_works_without(missing: tuple[str, ...]) -> None:
 def test_import_loads_nothing_optional() -> None:
     code = "import sys, torch; before = set(sys.modules); import fused_ce; print(*(set(sys.modules) - before))"
     loaded = python(code)
-    assert not {name.split(".")[0] for name in loaded.split()} & {"triton", "numpy", "sympy"}
+    assert not {name.split(".")[0] for name in loaded.split()} & {"triton", "numpy", "sympy", "transformers", "trl"}
 
 
 @pytest.mark.parametrize("from_source", [True, False])
