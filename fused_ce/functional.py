@@ -16,7 +16,7 @@ from .options import Options, check_keywords
 class CrossEntropyOutput(NamedTuple):
     """What `cross_entropy(..., return_stats=True)` returns. R: the shape of one value a row, (N, d1..dk).
 
-    The last three and `z_loss` carry no gradient. An ignored row has lse, entropy and z-loss 0, argmax -1, and is
+    `z_loss`, `argmax` and `correct` carry no gradient. An ignored row has lse, entropy and z-loss 0, argmax -1, and is
     not correct.
     """
 
@@ -25,7 +25,7 @@ class CrossEntropyOutput(NamedTuple):
     z_loss: Tensor  # the z-loss alone, reduced as the loss
     argmax: Tensor  # R, int64, the class with the largest logit
     correct: Tensor  # R, bool, whether that is the target (or the target's largest probability)
-    entropy: Tensor  # R, of softmax, in nats
+    entropy: Tensor  # R, of softmax, in nats; of lse's dtype; differentiable
 
 
 # Type checkers do not look into *args and **keywords, so each overload repeats the signature; tests hold them equal.

@@ -33,11 +33,12 @@ class VocabParallel(torch.autograd.Function):
         if not rows.call.options.return_stats:
             return loss
         stats = rows.stats(RowSums(*sums))
-        ctx.mark_non_differentiable(stats.z_loss, stats.argmax, stats.entropy)
+        ctx.mark_non_differentiable(stats.z_loss, stats.argmax)
         return loss, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *of_stats: Tensor | None) -> Any:
+        g_lse, _, _, g_entropy = of_stats or (None,) * 4
         input, target, weight, sums = map(_torch.with_memory, ctx.saved_tensors)
         rows, held = ctx.rows, ctx.held
         options = rows.call.options
@@ -49,7 +50,8 @@ class VocabParallel(torch.autograd.Function):
                 grad.narrow(class_dim(whole), held, whole.shape[class_dim(whole)] - held).zero_()
             call = rows.call._replace(input=own, target=target, weight=weight)
             if held:
-                ctx.backend.finish(call, sums, rows.upstream(RowSums(*sums), grad_output, g_lse), into)
+                upstream = rows.upstream(RowSums(*sums), grad_output, g_lse, g_entropy)
+                ctx.backend.finish(call, sums, upstream, into)
         if options.inplace:
             torch.autograd.graph.increment_version(input)
         if torch.is_grad_enabled():

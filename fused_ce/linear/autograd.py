@@ -75,19 +75,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if stats is None:
             return loss
-        ctx.mark_non_differentiable(stats.z_loss, stats.argmax, stats.entropy)
+        ctx.mark_non_differentiable(stats.z_loss, stats.argmax)
         return loss, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
-        if grad_output is None and g_lse is None:
+    def backward(ctx: Any, grad_output: Tensor | None, *of_stats: Tensor | None) -> Any:
+        g_lse, _, _, g_entropy = of_stats or (None,) * 4
+        received = grad_output, g_lse, g_entropy
+        if all(g is None for g in received):
             return _NOTHING
         read = _torch.saved(ctx)
         wanted = Wanted(*(ctx.needs_input_grad[i] for i in _PLACES))
         # create_graph=True, or a transform of this backward: only differentiable operators will do.
-        if torch.is_grad_enabled() or _torch.is_transformed(grad_output) or _torch.is_transformed(g_lse):
-            return _placed(composite.gradients(_call(ctx, read), grad_output, g_lse, wanted))
-        if ctx.fused and g_lse is None:
+        if torch.is_grad_enabled() or any(map(_torch.is_transformed, received)):
+            return _placed(composite.gradients(_call(ctx, read), *received, wanted))
+        if ctx.fused and g_lse is None and g_entropy is None:
             assert grad_output is not None
             made = LinearGradients(*(read(i) if want else None for i, want in zip(_GRADIENTS, wanted, strict=True)))
             options, keep = ctx.others[0], _torch.keeps_graph()
@@ -96,8 +98,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if found is not None:
                 return _placed(found)
         call = _call(ctx, read)
-        g_loss = call.input.new_zeros(()) if grad_output is None else _torch.with_memory(grad_output)
-        found = chunks.backward(call, ctx.backend, wanted, Upstream(g_loss, _torch.with_memory(g_lse)))
+        g_loss = call.input.new_zeros(()) if grad_output is None else grad_output
+        upstream = Upstream(*map(_torch.with_memory, (g_loss, g_lse, g_entropy)))
+        found = chunks.backward(call, ctx.backend, wanted, upstream)
         return _placed(rounded(found, call))
 
 

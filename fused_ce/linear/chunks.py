@@ -93,12 +93,12 @@ def _forward(call: LinearCall, backend: Backend, wanted: Wanted) -> LinearForwar
 
 
 def _backward(call: LinearCall, backend: Backend, wanted: Wanted, upstream: Upstream) -> LinearGradients:
-    plan = _plan(call._replace(options=call.options._replace(return_stats=False, grad_scale=None)))
+    wants_stats = upstream.entropy is not None
+    plan = _plan(call._replace(options=call.options._replace(return_stats=wants_stats, grad_scale=None)))
     gradients = _empty(call, plan, wanted)
     for i, chunk in enumerate(_chunks(call, plan)):
         saved = backend.forward(chunk.call, "recompute").saved
-        loss, lse = upstream.loss, upstream.lse
-        of_rows = Upstream(loss if loss.dim() == 0 else loss[chunk.rows], None if lse is None else lse[chunk.rows])
+        of_rows = Upstream(*(g if g is None or g.dim() == 0 else g[chunk.rows] for g in upstream))  # type: ignore[arg-type]
         _add(gradients, backend.backward(chunk.call, None, saved, of_rows, False, False).input, chunk, plan, i == 0)
     return gradients
 

@@ -134,7 +134,8 @@ def linear_cross_entropy(
         logit_scale, softcap, lse_square_scale, num_items: see `cross_entropy`.
         grad_scale: the upstream gradient that backward will see, such as a loss scaler's scale (default 1). A hint: the
             gradients are right for any other too. float16 gains most: see docs/performance.md.
-        return_stats: return a `CrossEntropyOutput` of rows in the target's shape; lse is differentiable.
+        return_stats: return a `CrossEntropyOutput` of rows in the target's shape; lse and entropy are
+            differentiable.
         chunk_rows: rows of a chunk, which needs memory for chunk_rows x V logits. Default: what the products want
             (256; 1024 of 16 bits; 2048 on a GPU).
         backend: "cpu", "triton" or "reference" instead of the best that takes the call.
