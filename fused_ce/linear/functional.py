@@ -217,7 +217,7 @@ def _whole(
         logits = F.linear(input, linear_weight.flatten(0, -2), bias)
         logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
     given = options._asdict()
-    given.pop("inplace")
+    del given["inplace"], given["shard"]
     return cross_entropy(logits, target, weight, **given, backend=backend)
 
 
