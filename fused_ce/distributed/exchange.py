@@ -59,6 +59,22 @@ def fail(error: BaseException, R: int, device: torch.device, wants_stats: bool, 
             _reduce(nan.clone(), ranks, dist.ReduceOp.MAX)
 
 
+def tell(mine: status.Status, ranks: Ranks) -> Tensor:
+    """Tell all ranks, on a CPU, how this one fares; what they all told, for `status.check`, (P, LENGTH)."""
+    numbers = torch.tensor([mine.numbers()], dtype=torch.float64, device="cpu")
+    told = numbers.new_empty(ranks.size, status.LENGTH)
+    if ranks.size == 1:
+        told = numbers
+    else:
+        dist.all_gather_into_tensor(told, numbers, group=ranks.group)
+    return told
+
+
+def add_up(term: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of all ranks' terms, in the memory of this rank's."""
+    return _reduce(term, ranks)
+
+
 def _gathered(part: RowSums, numbers: Tensor, rows: Rows, ranks: Ranks) -> RowSums:
     sums, told = _gather([getattr(part, name) for name in SENT], numbers, ranks)
     _check(told)

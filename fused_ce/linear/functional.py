@@ -13,7 +13,7 @@ from ..contract import Call
 from ..functional import CrossEntropyOutput, cross_entropy
 from ..options import Options, check_keywords
 from . import chunks, composite, gate, ops
-from .autograd import with_gradient
+from .autograd import InOneProcess, with_gradient
 from .contract import Wanted
 
 if TYPE_CHECKING:
@@ -176,14 +176,14 @@ def linear_cross_entropy(
         judged = gate.judge(x, linear_weight, y, linear_bias, weight, asked, rows, backend)
     if judged is None:
         if input.dim() > 2:
-            return _unflattened(_whole(x, linear_weight, y, linear_bias, weight, asked, backend), input.shape[:-1])
+            return unflattened(_whole(x, linear_weight, y, linear_bias, weight, asked, backend), input.shape[:-1])
         return _whole(input, linear_weight, target, linear_bias, weight, asked, backend)
     call, chosen = judged
-    wanted = Wanted(*(torch.is_grad_enabled() and _requires_grad(t) for t in (x, linear_weight, linear_bias)))
+    wanted = Wanted(*map(requires_grad, (x, linear_weight, linear_bias)))
     if torch.compiler.is_compiling() or _torch.is_dispatched():
         loss, stats = ops.traced(call, backend, wanted)
     elif any(wanted):
-        loss, stats = with_gradient(call, chosen)
+        loss, stats = with_gradient(call, InOneProcess(chosen))
     else:
         loss, _, stats = chunks.forward(call, chosen, wanted)
     result: Tensor | CrossEntropyOutput = loss
@@ -191,11 +191,11 @@ def linear_cross_entropy(
         # All that is read of the logits there is whether the targets have their shape.
         like = Call(y if call.has_probs else x, y, weight, call.options)
         result = functional.output(loss, stats, like)
-    return result if input.dim() == 2 else _unflattened(result, input.shape[:-1])
+    return result if input.dim() == 2 else unflattened(result, input.shape[:-1])
 
 
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+def requires_grad(tensor: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
 
 def _whole(
@@ -228,7 +228,7 @@ def _may_be_ignored(target: Tensor, options: Options) -> bool:
     return type(target) is not Tensor or bool((target.long() == options.ignore_index).any())
 
 
-def _unflattened(result: Tensor | CrossEntropyOutput, leading: torch.Size) -> Tensor | CrossEntropyOutput:
+def unflattened(result: Tensor | CrossEntropyOutput, leading: torch.Size) -> Tensor | CrossEntropyOutput:
     """What is one value a row, in the shape of the rows."""
     if isinstance(result, Tensor):
         return result.reshape(leading) if result.dim() else result
