@@ -59,15 +59,17 @@ def fail(error: BaseException, R: int, device: torch.device, wants_stats: bool, 
             _reduce(nan.clone(), ranks, dist.ReduceOp.MAX)
 
 
+def gather(numbers: Tensor, ranks: Ranks) -> Tensor:  # (n,) -> (P, n)
+    if ranks.size == 1:
+        return numbers[None]
+    everything = numbers.new_empty(ranks.size * len(numbers))
+    dist.all_gather_into_tensor(everything, numbers, group=ranks.group)
+    return everything.view(ranks.size, -1)
+
+
 def tell(mine: status.Status, ranks: Ranks) -> Tensor:
     """Tell all ranks, on a CPU, how this one fares; what they all told, for `status.check`, (P, LENGTH)."""
-    numbers = torch.tensor([mine.numbers()], dtype=torch.float64, device="cpu")
-    told = numbers.new_empty(ranks.size, status.LENGTH)
-    if ranks.size == 1:
-        told = numbers
-    else:
-        dist.all_gather_into_tensor(told, numbers, group=ranks.group)
-    return told
+    return gather(torch.tensor(mine.numbers(), dtype=torch.float64, device="cpu"), ranks)
 
 
 def add_up(term: Tensor, ranks: Ranks) -> Tensor:
@@ -109,12 +111,7 @@ def _whole(rows: Rows, m: Tensor, so: Tensor, z_y: Tensor, q_drop: Tensor, e_dro
 def _gather(columns: list[Tensor], numbers: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:  # (R,) each, (LENGTH,)
     """(P, 6, R) and (P, LENGTH)."""
     sent = torch.cat([*columns, numbers])
-    everything = sent.new_empty(ranks.size * len(sent))
-    if ranks.size == 1:
-        everything = sent
-    else:
-        dist.all_gather_into_tensor(everything, sent, group=ranks.group)
-    sums, told = torch.split(everything.view(ranks.size, -1), [len(sent) - status.LENGTH, status.LENGTH], 1)
+    sums, told = torch.split(gather(sent, ranks), [len(sent) - status.LENGTH, status.LENGTH], 1)
     return sums.reshape(ranks.size, len(columns), len(columns[0])), told
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _torch, functional
 from ..contract import Call
 from ..functional import CrossEntropyOutput, cross_entropy
+from ..gate import is_dtensor
 from ..options import Options, check_keywords
 from . import chunks, composite, gate, ops
 from .autograd import InOneProcess, with_gradient
@@ -166,6 +167,13 @@ def linear_cross_entropy(
     if dtype is not None or grad_scale is not None or not asked.is_plain:
         asked = check_keywords(asked, input.dtype)
     rows = gate.chunk_rows(chunk_rows, options)
+    if is_dtensor(linear_weight) and not target.is_floating_point():
+        from ..distributed import linear_dtensor  # which imports what only DTensors need
+
+        if linear_dtensor.class_dim(linear_weight) is not None:  # type: ignore[arg-type]
+            given = asked._asdict() | {"linear_bias": linear_bias, "weight": weight, "chunk_rows": rows}
+            del given["inplace"], given["shard"]
+            return linear_dtensor.linear_cross_entropy(input, linear_weight, target, given | {"backend": backend})  # type: ignore[arg-type]
     x, y = input, target
     if input.dim() > 2:
         x, y = input.flatten(0, -2), target.flatten(0, input.dim() - 2)
