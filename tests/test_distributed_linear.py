@@ -14,6 +14,7 @@ from linear_ranks import CHECKS, LAYOUTS, RANKS, check, close, local, ours, run,
 
 from fused_ce import linear_cross_entropy
 from fused_ce.distributed import exchange, vocab_parallel_linear_cross_entropy
+from fused_ce.linear import products
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -239,6 +240,25 @@ def what_crosses(rank: int) -> None:
         assert len(sent) == 7
     finally:
         dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+
+
+@check
+def products_of_16_bits(rank: int) -> None:
+    """As processors make them that have such instructions: their sum over the ranks is float32 all the same."""
+    dtypes: list[torch.dtype] = []
+    made_in, reduce = products.computed_in, dist.all_reduce
+
+    def watched(tensor: torch.Tensor, *others: Any, **keywords: Any) -> Any:
+        dtypes.append(tensor.dtype)
+        return reduce(tensor, *others, **keywords)
+
+    products.computed_in, dist.all_reduce = lambda dtype, device: dtype, watched
+    try:
+        compare(rank, _case("mean-bfloat16"), "even")
+        compare(rank, _case("one-chunk-bfloat16"), "padded")
+    finally:
+        products.computed_in, dist.all_reduce = made_in, reduce
+    assert dtypes == [f32] * 2
 
 
 @check
