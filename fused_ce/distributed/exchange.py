@@ -89,7 +89,7 @@ def _gathered(part: RowSums, numbers: Tensor, rows: Rows, ranks: Ranks) -> RowSu
 
 
 def _reduced(part: RowSums, numbers: Tensor, rows: Rows, ranks: Ranks) -> RowSums:
-    whole, told = _highest(part.m, numbers, ranks)
+    whole, told = _highest(torch.where(part.m.isnan(), math.inf, part.m), numbers, ranks)  # NaN may lose a maximum
     _check(told)
     first, held = rows.call.shard.first, rows.call.classes
     mine = rescale(part._replace(q_others=rows.q_others(first, held)), whole)

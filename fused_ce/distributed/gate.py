@@ -45,8 +45,8 @@ def judge(
         )
     if options.reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}")
-    if not isinstance(options.label_smoothing, (float, int)) or not 0 <= options.label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {options.label_smoothing}")
+    if not isinstance(options.label_smoothing, (float, int)) or options.label_smoothing > 1:  # as torch has it
+        raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {options.label_smoothing!r}")
     if type(options.ignore_index) is not int:
         raise TypeError(f"ignore_index must be an int, got {options.ignore_index!r}")
     options = check_keywords(options, input.dtype)._replace(shard=layout.shard)
