@@ -55,22 +55,25 @@ class VocabParallel(torch.autograd.Function):
         if options.inplace:
             torch.autograd.graph.increment_version(input)
         if torch.is_grad_enabled():
-            grad = _Once.apply(grad, input)  # type: ignore[no-untyped-call]
+            grad = once(grad, input, grad_output, g_lse)
         return grad, None, None, None
 
 
-class _Once(torch.autograd.Function):
-    """Stands between the gradient and the logits that it depends on: they get no second derivative of zero."""
+def once(grad: Tensor, *others: Tensor | None) -> Tensor:
+    """The gradient, which depends on the others: they get no second derivative of zero."""
+    return _Once.apply(grad, *others)  # type: ignore[no-any-return, no-untyped-call]
 
+
+class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, input: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *others: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(
-            "expected one derivative of a vocab-parallel cross entropy, got a second one: gather the logits and call "
-            "fused_ce.cross_entropy for double backward"
+            "expected one derivative of a vocab-parallel cross entropy, got a second one: gather the logits (or the "
+            "linear weight) and call fused_ce.cross_entropy (linear_cross_entropy) for double backward"
         )
 
 

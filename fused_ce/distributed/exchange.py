@@ -69,6 +69,16 @@ def fail(error: BaseException, R: int, device: torch.device, wants_stats: bool, 
             _reduce(nan.clone(), ranks, dist.ReduceOp.MAX)
 
 
+def tell(mine: Status, ranks: Ranks) -> Tensor:
+    """Tell all ranks, on a CPU, how this one fares; what they all told, for `status.check`, (P, LENGTH)."""
+    return gather(mine.numbers(torch.device("cpu")), ranks)
+
+
+def add_up(term: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of all ranks' terms, in the memory of this rank's."""
+    return _reduce(term, ranks)
+
+
 def _gathered(part: RowSums, numbers: Tensor, rows: Rows, ranks: Ranks) -> RowSums:
     sums, told = _gather([getattr(part, name) for name in SENT], numbers, ranks)
     _check(told)

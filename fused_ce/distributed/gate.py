@@ -28,12 +28,7 @@ def judge(
     """
     if _torch.under_transforms():
         raise RuntimeError("vocab_parallel_cross_entropy cannot be transformed by torch.func or forward-mode autograd")
-    tensors = [input, target] if weight is None else [input, target, weight]
-    for tensor in tensors:
-        if not gate.is_strided(tensor):
-            raise TypeError(f"expected plain strided tensors, got {type(tensor).__name__}; give this rank's own part")
-        if tensor.device != input.device:
-            raise ValueError(f"expected all tensors on {input.device}, got one on {tensor.device}")
+    check_tensors(input, target, weight)
     if input.dtype not in FLOATS:
         raise TypeError(f"expected float32, float64, bfloat16 or float16 logits, got {input.dtype}")
     if target.dtype not in (torch.int64, torch.uint8):
@@ -62,6 +57,17 @@ def judge(
         gate.check_inplace(call._replace(input=input))
     backend = dispatch.choose(call, name) if layout.held else None
     return call._replace(target=_torch.with_memory(target)), backend or dispatch.BACKENDS["reference"]
+
+
+def check_tensors(input: Tensor, *others: Tensor | None) -> None:
+    """Whether all are plain tensors on one device."""
+    for tensor in (input, *others):
+        if tensor is None:
+            continue
+        if not gate.is_strided(tensor):
+            raise TypeError(f"expected plain strided tensors, got {type(tensor).__name__}; give this rank's own part")
+        if tensor.device != input.device:
+            raise ValueError(f"expected all tensors on {input.device}, got one on {tensor.device}")
 
 
 def own(input: Tensor, layout: Layout) -> Tensor:  # (N, V_local, d1..dk)

@@ -29,6 +29,7 @@ class Status(NamedTuple):
     options: int = 0  # a checksum
     tensors: int = 0  # likewise, of shapes and dtypes
     targets: int = 0  # likewise, of their values
+    others: int = 0  # likewise, of what a linear head has besides
     words: str = ""
 
     def numbers(self, device: torch.device) -> Tensor:  # (LENGTH,), each exact in float64
@@ -47,9 +48,6 @@ def of_call(call: Call, held: int) -> Status:
     """Of a call that nothing was wrong with. On a GPU no values are compared, which would wait for it."""
     input, target, weight, options = call
     fields = options._replace(grad_scale=None, shard=None, inplace=False)
-    given = [
-        _plain(value) for value in (*fields, weight.sum() if weight is not None and weight.is_cpu else weight is None)
-    ]
     targets = 0
     if target.is_cpu:
         places = torch.arange(1, target.numel() + 1)
@@ -58,10 +56,14 @@ def of_call(call: Call, held: int) -> Status:
         first=call.shard.first,
         held=held,
         total=call.shard.total,
-        options=zlib.crc32(repr(given).encode()),
-        tensors=zlib.crc32(repr((tuple(target.shape), input.dtype)).encode()),
+        options=checksum(*fields, None if weight is None else weight.sum() if weight.is_cpu else True),
+        tensors=checksum(tuple(target.shape), input.dtype),
         targets=targets,
     )
+
+
+def checksum(*values: object) -> int:
+    return zlib.crc32(repr([_plain(value) for value in values]).encode())
 
 
 def _plain(value: object) -> object:
@@ -93,6 +95,7 @@ def check(numbers: Tensor) -> None:  # (P, LENGTH)
         ("options", "options or class weights"),
         ("tensors", "numbers of rows or dtypes of logits"),
         ("targets", "targets: each needs those of all rows, and the same"),
+        ("others", "numbers of features, rows of a chunk, grad_scale, reduce_input_grad or tensors that require grad"),
     ):
         values = [getattr(status, field) for status in everyone]
         others = [rank for rank, value in enumerate(values) if value != values[0]]

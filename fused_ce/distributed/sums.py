@@ -40,7 +40,7 @@ def sums_of(
         call, backend = judge(input, target, weight, options, layout, name)
         with torch.no_grad():
             rows = rows_of(call)
-            part = backend.part(rows.call) if layout.held else _of_nothing(rows)
+            part = part_of(rows, backend)
             mine = of_call(call, layout.held)
     except Exception as error:
         fail(error, math.prod(row_shape(input)), input.device, bool(options.return_stats), ranks)
@@ -48,8 +48,10 @@ def sums_of(
     return rows, exchange(part, mine, rows, ranks), backend
 
 
-def _of_nothing(rows: Rows) -> Tensor:
-    """The sums of no class, (8, R): those of ignored rows are the same on every rank."""
+def part_of(rows: Rows, backend: Backend) -> Tensor:
+    """This rank's (8, R), of no class too: the sums of ignored rows are the same on every rank."""
+    if rows.call.classes:
+        return backend.part(rows.call)
     sums = RowSums(*rows.w_y.new_zeros(len(RowSums._fields), len(rows.y)))
     lowest = sums.m.masked_fill(rows.counted, -math.inf)
     argmax = torch.full_like(lowest, -1).masked_fill(rows.counted, math.inf)
