@@ -1,15 +1,20 @@
-# make demo | test | quick | bench | lint | format | sanitize | clean. The environment in .venv is made on the first call.
+# make demo | demo-distributed | test | quick | bench | lint | format | sanitize | clean. The environment in .venv is
+# made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test quick bench lint format sanitize build clean
+.PHONY: demo demo-distributed test quick bench lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/mnist_from_scratch.py $(ARGS)
 
-test: build
+# A head sharded over two ranks, each a process of this machine.
+demo-distributed: build
+	$(BIN)/python examples/tensor_parallel.py $(ARGS)
+
+test: build .venv/integrations
 	$(BIN)/pytest $(ARGS)
 
 # The edit loop: the contract of the C++ and reference backends.
@@ -45,6 +50,11 @@ build: .venv/installed
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install "setuptools>=77" "pybind11>=3" ninja
 	$(BIN)/pip install --no-build-isolation --editable ".[test,demo,bench,dev]" "$(TORCH)"
+	touch $@
+
+# transformers, trl and the like, for their tests alone. After the build, which pip would otherwise run beside it.
+.venv/integrations: pyproject.toml | build
+	$(BIN)/pip install --no-build-isolation --editable ".[integrations]" "$(TORCH)"
 	touch $@
 
 # Leaves .venv; remove that by hand to start from nothing.
