@@ -6,9 +6,6 @@ float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,28 +14,16 @@ from cases import EVERYTHING, confident, ramp
 from conftest import Backend
 from judge import GRAD, LOSS
 from oracle import as_rows, double, terms
+from shards import joined, shards
 from torch import Tensor
 
 from fused_ce import formula, operators
 from fused_ce.backends import reference
 from fused_ce.contract import Call, RowSums, Stats, Upstream
-from fused_ce.options import Shard
-
-
-def shards(call: Call, borders: tuple[int, ...]) -> Iterator[Call]:
-    """The call cut along its classes, without a copy: [begin, end) of each two borders."""
-    dim = int(call.input.dim() > 1)
-    for begin, end in pairwise(borders):
-        options = call.options._replace(shard=Shard(begin, call.classes))
-        yield call._replace(input=call.input.narrow(dim, begin, end - begin), options=options)
 
 
 def exactly(call: Call) -> Call:
     return call._replace(input=double(call.input), target=call.target.cpu(), weight=double(call.weight))
-
-
-def joined(parts: list[Tensor]) -> RowSums:
-    return reduce(formula.combine, (RowSums(*part.cpu()) for part in parts))
 
 
 def gradient(backend: Backend, call: Call, sums: RowSums, upstream: Upstream) -> Tensor:

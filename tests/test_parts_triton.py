@@ -9,7 +9,8 @@ import torch
 from accuracy import bits
 from cases import LAYOUTS, PIXEL_LAYOUTS, Case, always, ignore, ramp, set_at
 from conftest import Backend
-from parts import OPTIONS, check_whole, gradient, joined, shards
+from parts import OPTIONS, check_whole, gradient
+from shards import joined, shards
 
 from fused_ce import formula
 from fused_ce.backends import reference

@@ -182,7 +182,7 @@ def finish_is_right(
     def findings() -> Iterator[str | None]:
         few = _few(call)
         R = few.rows
-        g, g_lse = (t if t is None or t.dim() == 0 else t.reshape(-1)[:R] for t in upstream)
+        g, g_lse = (t if t is None or t.dim() == 0 else t.reshape(-1)[:R] for t in (upstream.loss, upstream.lse))
         assert g is not None
         few_sums, few_upstream, grad = sums[:, :R].contiguous(), Upstream(g, g_lse), _copied(_first(into, call))
         run(few, few_sums, few_upstream, grad)
