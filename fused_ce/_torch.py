@@ -7,6 +7,7 @@ costs a copy, but is never wrong.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -156,6 +157,12 @@ def _same(tensor: Tensor) -> Tensor:
 def version(tensor: Tensor) -> int:
     """How often the tensor was changed in place; inference tensors do not count their changes."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor; nothing is imported to find out, as there is none before its module is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def shares_a_leaf(tensor: Tensor) -> bool:

@@ -179,7 +179,7 @@ def cross_entropy(
     call = Call(input, target, weight, options)
     if backend is None and (chosen := gate.at_a_glance(call)):
         return _by_kernels(call, chosen)[0]
-    if gate.is_dtensor(input):
+    if _torch.is_dtensor(input):
         from .distributed import dtensor  # which imports what only DTensors need
 
         return dtensor.cross_entropy(call, backend)

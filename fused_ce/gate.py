@@ -291,12 +291,6 @@ def _with_memory(call: Call) -> Call:
     return call if x is input and t is target and w is weight else Call(x, t, w, options)
 
 
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor; nothing is imported to find out, as there is none before its module is."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
-
-
 def is_strided(tensor: Tensor) -> bool:
     """Whether it is torch's own strided tensor, not a subclass of it."""
     # While compiling, the tensors that stand for the real ones are of other types.

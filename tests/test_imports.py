@@ -51,6 +51,7 @@ ARROWS = {
     "linear.module": {"functional", "linear.functional", "module"},
     "linear.functional": {
         "_torch",
+        "distributed.linear_dtensor",
         "functional",
         *(f"linear.{name}" for name in ("autograd", "chunks", "composite", "contract", "gate", "ops")),
     },
@@ -65,7 +66,30 @@ ARROWS = {
     "linear.chunks": {"_torch", "backends.pool", "linear.contract", "linear.products"},
     "linear.products": {"_torch"},
     "linear.contract": set(),
-    "distributed.__init__": {"distributed.functional"},
+    "distributed.__init__": {"distributed.functional", "distributed.linear"},
+    "distributed.linear": {
+        "functional",
+        *(f"distributed.{name}" for name in ("layout", "linear_gate", "linear_loop")),
+        *(f"linear.{name}" for name in ("autograd", "contract", "functional")),
+    },
+    "distributed.linear_dtensor": {
+        "functional",
+        *(f"distributed.{name}" for name in ("exchange", "layout", "linear", "status")),
+    },
+    "distributed.linear_gate": {
+        "distributed.gate",
+        "distributed.layout",
+        *(f"linear.{name}" for name in ("chunks", "contract", "gate")),
+    },
+    "distributed.linear_loop": {
+        "_torch",
+        "backends.reference",
+        *(
+            f"distributed.{name}"
+            for name in ("autograd", "exchange", "layout", "linear_gate", "rows", "status", "sums")
+        ),
+        *(f"linear.{name}" for name in ("autograd", "chunks", "contract", "functional")),
+    },
     "distributed.functional": {"functional", *(f"distributed.{name}" for name in ("autograd", "layout", "sums"))},
     "distributed.dtensor": {
         "functional",
@@ -112,7 +136,7 @@ ARROWS = {
     "backends.triton.math": set(),
 }
 # Imports of a single kind of call, when the first comes: not among those that must not go round.
-LATE = {"functional": {"distributed.dtensor"}}
+LATE = {"functional": {"distributed.dtensor"}, "linear.functional": {"distributed.linear_dtensor"}}
 KERNELS = {f"backends.triton.{name}" for name in ("backward", "formula", "forward", "math", "reduce", "tiles")}
 
 

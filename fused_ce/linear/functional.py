@@ -11,7 +11,6 @@ from torch import Tensor
 from .. import _torch, functional
 from ..contract import Call
 from ..functional import CrossEntropyOutput, cross_entropy
-from ..gate import is_dtensor
 from ..options import Options, check_keywords
 from . import chunks, composite, gate, ops
 from .autograd import InOneProcess, with_gradient
@@ -168,7 +167,7 @@ def linear_cross_entropy(
     if dtype is not None or grad_scale is not None or not asked.is_plain:
         asked = check_keywords(asked, input.dtype)
     rows = gate.chunk_rows(chunk_rows, options)
-    if is_dtensor(linear_weight) and not target.is_floating_point():
+    if _torch.is_dtensor(linear_weight) and not target.is_floating_point():
         from ..distributed import linear_dtensor  # which imports what only DTensors need
 
         if linear_dtensor.class_dim(linear_weight) is not None:  # type: ignore[arg-type]
