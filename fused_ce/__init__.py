@@ -8,7 +8,7 @@ from .linear.module import LinearCrossEntropyLoss
 from .missing import warn as _warn
 from .module import CrossEntropyLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
