@@ -33,7 +33,7 @@ X86 = {
         "-Wno-maybe-uninitialized",
     ],  # g++ 12 warns of its own intrinsics
 }
-PYTHON = ("bindings", "tensors")  # what knows Python
+PYTHON = ("arguments", "bindings", "tensors")  # what knows Python
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
 ROOT = Path(__file__).resolve().parent

@@ -52,20 +52,24 @@ template <class F, bool MANY> struct RowGroup {
     }
     finds_y = I{} - Index(call.probs);
     labels = call.probs ? Labels<F>{} : load_labels<F>(call, part);
-    load(MANY ? (call.C - 1) / MOST_KEPT * MOST_KEPT : 0);
+    if constexpr (MANY) load_apart((call.C - 1) / MOST_KEPT * MOST_KEPT);
+    else load(0);
   }
 
   // Work on each chunk, the last first, so that the one that is left after the sums is the first for the gradient.
   template <class Work> INLINE void for_each_chunk(Work work) {
     if constexpr (!MANY) return work();
     for (int64_t from = (of->C - 1) / MOST_KEPT * MOST_KEPT; from >= 0; from -= MOST_KEPT) {
-      if (from != part.begin) load(from);
+      if (from != part.begin) load_apart(from);
       work();
     }
   }
 
   INLINE int64_t start_of_chunk() const { return MANY ? part.begin : 0; }
   INLINE int64_t count() const { return MANY ? part.end - part.begin : of->C; }
+
+  // Of MANY: in line everywhere, it would take the compiler half a minute.
+  __attribute__((noinline)) void load_apart(int64_t from) { load(from); }
 
   INLINE void load(int64_t from) {
     const Call& call = *of;

@@ -91,15 +91,15 @@ template <class N> INLINE RowSums<N> rescale(RowSums<N> part, N m) {
   return part;
 }
 
-// The lower of two parts that each left out a largest class of their own: its y joins the other classes.
-template <class N> INLINE RowSums<N> put_back(RowSums<N> part) {
-  const N y_drop = finite(part.m) - part.z_y;
-  part.so += exp_of(-y_drop);
-  part.q_others += part.q_y;
-  part.q_drop += part.q_y * y_drop;
-  part.z_y = -infinity_of(part.m);
-  part.q_y = N{};
-  return part;
+// y joins the other classes: where the row's y is another part's.
+template <class N> INLINE RowSums<N> put_back(RowSums<N> sums) {
+  const N y_drop = finite(sums.m) - sums.z_y;
+  sums.so += exp_of(-y_drop);
+  sums.q_others += sums.q_y;
+  sums.q_drop += sums.q_y * y_drop;
+  sums.z_y = -infinity_of(sums.m);
+  sums.q_y = N{};
+  return sums;
 }
 
 // The sums of two parts of a row, the first before the second; `probs`: each left out a largest class of its own.
@@ -186,10 +186,10 @@ template <class A> A own_q(const Call& call, int64_t y) {
   return call.probs ? A(0) : A(1 - call.options.label_smoothing) * (w ? w[y] : A(1));
 }
 
-// The spread part of q for classes [begin, end) of a row: w_c ((1 - e) t_c + e / C), t = 0 under class indices.
+// The spread part of q for classes [begin, end) of a row: w_c ((1 - e) t_c + e / total), t = 0 under class indices.
 template <class A> void spread_q(A* q, const Call& call, int64_t t_offset, int64_t begin, int64_t end) {
   const double e = call.options.label_smoothing;
-  const A u = A(e / double(call.C)), share = A(1 - e);
+  const A u = A(e / double(call.total)), share = A(1 - e);
   const A* w = static_cast<const A*>(call.weight);
   if (call.probs)
     read_elements(q, call.target.data, call.target.dtype, t_offset + begin * call.target.class_stride,
@@ -204,6 +204,17 @@ template <class A> void spread_q(A* q, const Call& call, int64_t t_offset, int64
     if (whole) store(q + i, q_c);
     else store_first(q + i, q_c, n);
   }
+}
+
+// The sums of a row of contract.RowSums, in and out.
+INLINE RowSums<double> load_sums(const Call& call, int64_t row) {
+  const auto field = [&](int i) { return call.sums[i * call.rows + row]; };
+  return {field(0), field(1), field(2), field(3), field(4), field(5), field(6), field(7)};
+}
+INLINE void store_sums(const Call& call, int64_t row, const RowSums<double>& sums) {
+  const auto field = [&](int i) -> double& { return call.sums[i * call.rows + row]; };
+  field(0) = sums.m, field(1) = sums.so, field(2) = sums.z_y, field(3) = sums.q_y;
+  field(4) = sums.q_others, field(5) = sums.q_drop, field(6) = sums.e_drop, field(7) = sums.argmax;
 }
 
 void combine_numbers(double* sums, const double* after, bool probs) {

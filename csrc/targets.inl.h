@@ -28,14 +28,15 @@ template <class F> INLINE Labels<F> load_labels(const Call& call, const Part& pa
   typedef decltype(I{}[0] + 0) Index;
   const View& target = call.target;
   const int64_t ignored = call.options.ignore_index;
-  if (target.dtype == DType::int64 && part.n == F::lanes && call.dims.in_line(part.place, part.n) &&
+  if (target.dtype == DType::int64 && !call.sums && part.n == F::lanes && call.dims.in_line(part.place, part.n) &&
       target.strides[call.dims.rank - 1] == 1)
     return narrow_labels<F>(static_cast<const int64_t*>(target.data) + call.dims.offset(target, part.place), ignored);
   Index labels[F::lanes] = {}, counts[F::lanes] = {};
   for (int i = 0; i < part.n; i++) {
     const int64_t label = call.target_at(call.dims.offset(target, part.first + i));
     counts[i] = label == ignored ? 0 : -1;
-    labels[i] = Index(label) & counts[i];
+    const bool held = uint64_t(label - call.first) < uint64_t(call.C);
+    labels[i] = counts[i] & (held ? Index(label - call.first) : -1);  // asked first: an Index may be narrower
   }
   return {read<I>(labels), read<I>(counts)};
 }
@@ -58,7 +59,7 @@ template <class F> INLINE void load_q(typename F::V* q, const Call& call, const 
   TYPES(F);
   const A* const w = static_cast<const A*>(call.weight);
   const double e = call.options.label_smoothing;
-  const V u = splat(A(e / double(call.C)));
+  const V u = splat(A(e / double(call.total)));
   const A share = A(1 - e);
   const auto set = [&](int64_t c, V q_c) LAMBDA { q[c] = w ? q_c * w[part.begin + c] : q_c; };
   if (!call.probs) {

@@ -57,7 +57,7 @@ bool is_plain(PyObject* tensor, Tensor& seen) {
 // torch's own options as numbers and names of the types that it documents, all others as they are by default.
 bool are_common(PyObject* options, int64_t& ignore_index, double& smoothing) {
   const auto field = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(options, i); };
-  if (!PyTuple_Check(options) || PyTuple_GET_SIZE(options) != 11) return false;
+  if (!PyTuple_Check(options) || PyTuple_GET_SIZE(options) != 12) return false;
   if (!PyLong_CheckExact(field(0)) || !PyFloat_CheckExact(field(1)) || !PyFloat_CheckExact(field(2))) return false;
   if (!PyFloat_CheckExact(field(4))) return false;
   int overflow;
@@ -66,7 +66,7 @@ bool are_common(PyObject* options, int64_t& ignore_index, double& smoothing) {
   if (overflow || smoothing > 1 || PyFloat_AS_DOUBLE(field(2)) != 1 || PyFloat_AS_DOUBLE(field(4)) != 0) return false;
   Reduction reduction;
   if (!find_reduction(field(5), reduction)) return false;
-  for (const int i : {3, 6, 7, 8})  // softcap, dtype, num_items, grad_scale
+  for (const int i : {3, 6, 7, 8, 11})  // softcap, dtype, num_items, grad_scale, shard
     if (field(i) != Py_None) return false;
   return field(9) == Py_False && field(10) == Py_False;  // inplace, return_stats
 }

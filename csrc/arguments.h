@@ -1,0 +1,33 @@
+// What Python hands over, checked, as a Call: tensors, numbers, the tuple of options.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cross_entropy.h"
+
+namespace fused_ce::arguments {
+
+[[noreturn]] void refuse(const std::string& message);  // throws a ValueError
+
+// Of a tuple. Python's own functions: pybind11's casts, a dozen a call, would take longer than a small kernel.
+PyObject* item(PyObject* fields, Py_ssize_t i);
+int64_t number(PyObject* from);
+double real(PyObject* from);
+
+// Of options.Options.
+Reduction reduction_of(PyObject* options);
+
+DType acc_of(const Call& call);
+
+// Of a whole row's classes.
+Call make_call(PyObject* input, PyObject* target, PyObject* weight, PyObject* options, PyObject* grad,
+               PyObject* d_target);
+
+// Of a shard's, which the options name; `weight`: those of all classes.
+Call shard_call(PyObject* input, PyObject* target, PyObject* weight, PyObject* options, PyObject* grad, PyObject* sums);
+
+// The address of what forward saves.
+double* saved_of(PyObject* tensor, const Call& call);
+
+}  // namespace fused_ce::arguments
