@@ -1,10 +1,10 @@
-# make demo | test | quick | bench | lint | format | sanitize | clean. The environment in .venv is made on the first call.
+# make demo | test | quick | bench | docs | lint | format | sanitize | clean. The environment in .venv is made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test quick bench lint format sanitize build clean
+.PHONY: demo test quick bench docs lint format sanitize build clean
 
 demo: build
 	$(BIN)/python examples/mnist_from_scratch.py $(ARGS)
@@ -18,6 +18,10 @@ quick: build
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# build/site/index.html; to look at it: .venv/bin/python -m http.server -d build/site
+docs: .venv/installed .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/installed
 	$(BIN)/ruff check
@@ -45,6 +49,10 @@ build: .venv/installed
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install "setuptools>=77" "pybind11>=3" ninja
 	$(BIN)/pip install --no-build-isolation --editable ".[test,demo,bench,dev]" "$(TORCH)"
+	touch $@
+
+.venv/docs: pyproject.toml .venv/installed
+	$(BIN)/pip install --no-build-isolation --editable ".[docs]" "$(TORCH)"
 	touch $@
 
 # Leaves .venv; remove that by hand to start from nothing.
