@@ -1,16 +1,21 @@
-# make demo | test | quick | bench | docs | lint | format | sanitize | clean. The environment in .venv is made on the first call.
+# make demo | demo-distributed | test | quick | bench | docs | lint | format | sanitize | clean. The environment in .venv
+# is made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test quick bench docs lint format sanitize build clean
+.PHONY: demo demo-distributed test quick bench docs lint format sanitize build clean
 
 # What it needs and no more: neither triton (1 GB) nor the tools of the tests.
 demo: .venv/demo build
 	$(BIN)/python examples/mnist_from_scratch.py $(ARGS)
 
-test: .venv/installed build
+# A head sharded over two ranks, each a process of this machine.
+demo-distributed: .venv/demo build
+	$(BIN)/python examples/tensor_parallel.py $(ARGS)
+
+test: .venv/installed build .venv/integrations
 	$(BIN)/pytest $(ARGS)
 
 # The edit loop: the contract of the C++ and reference backends.
@@ -21,7 +26,7 @@ bench: .venv/installed build
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # build/site/index.html; to look at it: .venv/bin/python -m http.server -d build/site
-docs: .venv/installed .venv/docs
+docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/installed
@@ -63,8 +68,13 @@ build: .venv/torch
 	$(BIN)/pip install --no-build-isolation --editable ".[test,demo,bench,dev]" "$(TORCH)"
 	touch $@
 
-.venv/docs: pyproject.toml .venv/installed
+.venv/docs: pyproject.toml .venv/torch | build
 	$(BIN)/pip install --no-build-isolation --editable ".[docs]" "$(TORCH)"
+	touch $@
+
+# transformers, trl and the like, for their tests alone. After the build, which pip would otherwise run beside it.
+.venv/integrations: pyproject.toml | .venv/installed build
+	$(BIN)/pip install --no-build-isolation --editable ".[integrations]" "$(TORCH)"
 	touch $@
 
 # Leaves .venv; remove that by hand to start from nothing.

@@ -31,7 +31,7 @@ template <class F, bool MANY> struct RowGroup {
   I finds_y;        // all bits set where the class to leave out is still looked for, under probabilities
   Labels<F> labels;
   MinusLanes<A> minus_m;
-  V p_scale, scale, dz_y, lse_m;  // what the gradients need of RowTerms and GradFactors
+  V p_scale, scale, dz_y, h_scale, lse_m;  // what the gradients need of RowTerms and GradFactors
 
   static INLINE int64_t room(const Call& call) { return call.C < MOST_KEPT ? call.C : MOST_KEPT; }
   INLINE V* dz_dx() const { return z + room(*of); }    // under a softcap
@@ -183,7 +183,7 @@ template <class F, bool MANY> struct RowGroup {
     if (call.weight && !call.probs)
       sums.q_y += A(1 - call.options.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
     else sums.q_y += own_q<A>(call, 0);
-    if (call.stats) sums.e_drop = this->sums.e_drop * minus_m.unit;
+    if (call.wants_stats) sums.e_drop = this->sums.e_drop * minus_m.unit;
     const RowTerms<V, A> row(sums, m.high + m.low, F::DENSE && call.probs);
     if (call.loss) {
       const V loss = labels.counted ? row_loss(row, call) : V{};
@@ -193,18 +193,21 @@ template <class F, bool MANY> struct RowGroup {
     if (call.stats) write_stats(row);
     if (call.saved && call.loss) save(sums);
     if (!call.grad.data && !call.d_target.data) return;
-    V of_lse = {};
+    V of_lse = {}, of_entropy = {};
     if (call.g_lse) of_lse = load_first(static_cast<const A*>(call.g_lse) + part.first, part.n);
-    const GradFactors<V, A> factors(row, call, scales.scale, of_lse);
+    if (call.g_entropy) of_entropy = load_first(static_cast<const A*>(call.g_entropy) + part.first, part.n);
+    const GradFactors<V, A> factors(row, call, scales.scale, of_lse, of_entropy);
     const bool capped = F::CHANGED && call.options.softcap > 0;
     const V k = capped ? splat(A(1)) : splat(A(call.options.logit_scale));
     p_scale = k * factors.p_scale * minus_m.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
-    lse_m = row.lse_m;
+    h_scale = k * factors.h_scale * minus_m.unit, lse_m = row.lse_m;
   }
 
   template <bool KEPT> INLINE void write_grad(const Call& call) const {
     const bool capped = F::CHANGED && call.options.softcap > 0;
-    const V p_scale = this->p_scale, scale = this->scale, dz_y = this->dz_y;
+    const bool of_entropy = !KEPT && call.g_entropy;  // which takes z, not its exponential alone
+    const V p_scale = this->p_scale, scale = this->scale, dz_y = this->dz_y, h_scale = this->h_scale;
+    const Pair<V> m = this->m;
     const V *const z = this->z, *const q = this->q();
     const MinusLanes<A> minus_m = this->minus_m;
     const I y = labels.y - Index(start_of_chunk()), counted = labels.counted;
@@ -212,7 +215,9 @@ template <class F, bool MANY> struct RowGroup {
         .write(reinterpret_cast<T*>(this->q()), [&](int64_t i) LAMBDA {  // never ahead of q
           V e_c = KEPT ? z[i] : minus_m.exp(z_of(i), F::CHANGED), q_c = {};
           if constexpr (F::DENSE) q_c = q[i];
-          V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
+          V dx_c = row_grad<F>(
+              e_c, q_c, p_scale, scale, h_scale, of_entropy, [&]() LAMBDA { return -minus<F>(z_of(i), m); }, false,
+              [] { return V{}; });
           dx_c = y == Index(i) ? dz_y : dx_c;
           if (capped) dx_c *= dz_dx()[i];
           return counted ? dx_c : V{};
@@ -231,14 +236,16 @@ template <class F, bool MANY> struct RowGroup {
 
   // Another layout's backward may read them: logits that went through a saved-tensor hook come back contiguous.
   INLINE void save(const RowSums<V>& sums) const {
-    A high[F::lanes], low[F::lanes], so[F::lanes], q_others[F::lanes];
+    A high[F::lanes], low[F::lanes], so[F::lanes], q_others[F::lanes], e_drop[F::lanes];
     Index y[F::lanes];
     store(high, m.high), store(low, m.low), store(so, sums.so), store(q_others, sums.q_others), write(y, labels.y);
+    store(e_drop, sums.e_drop);
     for (int i = 0; i < part.n; i++) {
       const int64_t row = part.first + i;
       of->column(SAVED_M)[row] = double(high[i]) + double(low[i]);
       of->column(SAVED_SO)[row] = so[i], of->column(SAVED_Q_OTHERS)[row] = q_others[i];
       if (of->probs) of->column(SAVED_Y)[row] = double(y[i]);
+      if (of->wants_stats) of->e_drop_column()[row] = e_drop[i];
     }
   }
 
@@ -280,7 +287,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
         if (call.stats) groups[g].find_largest(best);
       });
       groups[g].minus_m = MinusLanes<A>(groups[g].m, groups[g].scales.powers);
-      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(call.stats); });
+      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(call.wants_stats); });
     }
     for (int g = 0; g < count; g++) groups[g].end_sums(call);
     if (!call.grad.data && !call.d_target.data) continue;

@@ -90,10 +90,12 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
   const bool unread = KEPT && !capped && row.x.stride != 1;
   const T* const x = unread ? room : row.x.block(room, begin, end);
   T* const dx = row.dx.stride == 1 ? row.dx.p + begin : written;
-  const Shifted<A> shifted(m, headroom(KEPT ? call.scale : factors.p_scale));
+  const bool of_entropy = !KEPT && call.g_entropy;  // which takes z, not its exponential alone
+  const Shifted<A> shifted(m, headroom(KEPT ? call.scale : factors.largest()));
   const double k = capped ? 1 : o.logit_scale;  // without a softcap dz/dx is the same number everywhere
-  const A p_scale = A(k * factors.p_scale * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit);
-  const A scale = A(k * factors.scale);
+  const double unit = k * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit;
+  const A p_scale = A(factors.p_scale * unit), h_scale = A(factors.h_scale * unit), scale = A(k * factors.scale);
+  const Pair<V> of_m = {splat(A(m)), splat(A(m - double(A(m))))};
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
   const bool streams = call.streams && row.dx.stride == 1;
@@ -101,14 +103,17 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
   const auto write = [&](V x_c, int64_t c, int n, int) LAMBDA {
     const bool whole = n == F::lanes;
     V e_c, q_c = {};
+    Pair<V> z_c = {};
     if constexpr (KEPT) e_c = whole ? load(kept + begin + c) : load_first(kept + begin + c, n);
     else {
-      const Pair<V> z_c = transform<F>(x_c, o);
+      z_c = transform<F>(x_c, o);
       if constexpr (F::CHANGED) e_c = shifted.exp(z_c);
       else e_c = shifted.exp(z_c.high);
     }
     if constexpr (F::DENSE) q_c = whole ? load(q + c) : load_first(q + c, n);
-    const V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, capped, [&]() LAMBDA { return transform_grad<F>(x_c, o); });
+    const V dx_c = row_grad<F>(
+        e_c, q_c, p_scale, scale, h_scale, of_entropy, [&]() LAMBDA { return -minus<F>(z_c, of_m); }, capped,
+        [&]() LAMBDA { return transform_grad<F>(x_c, o); });
     if (whole && streams) stream(dx + c, dx_c);
     else if (whole) store(dx + c, dx_c);
     else store_first(dx + c, dx_c, n);
@@ -151,6 +156,7 @@ template <class T> void write_row(const Call& call, int64_t row, double loss, co
   call.column(SAVED_SO)[row] = sums.so;
   call.column(SAVED_Q_OTHERS)[row] = sums.q_others;
   if (call.probs) call.column(SAVED_Y)[row] = y;
+  if (call.wants_stats) call.e_drop_column()[row] = sums.e_drop;
 }
 
 // Loss and gradient 0 whatever the logits hold: they are not even read.
@@ -181,7 +187,8 @@ template <class F> INLINE void load_y(AlongRow<F>& row, const Call& call, int64_
 // Each row by the whole team: its members take blocks, and wait for each other where one reads what another wrote.
 template <class F> void along_rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {
   TYPES(F);
-  const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
+  const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse),
+          *g_entropy = static_cast<const A*>(call.g_entropy);
   const int64_t C = call.C, count = (C + BLOCK - 1) / BLOCK;
   A* const spare = static_cast<A*>(scratch);
   const int64_t room = C < MOST_ALONG ? (C + F::lanes - 1) / F::lanes * F::lanes : 0;
@@ -232,6 +239,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     } else {
       sums.m = call.column(SAVED_M)[i], sums.so = call.column(SAVED_SO)[i];
       if constexpr (F::DENSE) sums.q_others = call.column(SAVED_Q_OTHERS)[i];
+      if (call.wants_stats) sums.e_drop = call.e_drop_column()[i];
       sums.z_y = row.z_y, sums.q_y = row.q_y;
     }
     if (call.is_part() && first) {
@@ -247,7 +255,8 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     if (call.stats && first)
       call.stats[i] = row_stats(terms.lse, row_entropy(terms), call.options.lse_square_scale, top);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);
-    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0);
+    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0,
+                                              g_entropy ? double(g_entropy[i]) : 0.0);
     my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
       if (call.d_target.data) block_target_grad<F>(row, terms, scale, call, from, to);
       if (!row.dx.p) return;

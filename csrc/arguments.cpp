@@ -118,7 +118,13 @@ Call make_call(PyObject* input, PyObject* target, PyObject* weight, PyObject* op
 }
 
 double* saved_of(PyObject* tensor, const Call& call) {
-  const int64_t count = saved_columns(call.C, call.probs) * call.rows;
+  // A graph asks for statistics whether or not the entropy gets an upstream gradient: it may have a column to spare.
+  bool wants_stats = call.wants_stats;
+  if (tensor != Py_None) {
+    const tensors::Tensor seen = tensors::read(tensor, DType::float64);
+    wants_stats |= seen.dims > 0 && seen.sizes[0] > saved_columns(call.C, call.probs, false);
+  }
+  const int64_t count = saved_columns(call.C, call.probs, wants_stats) * call.rows;
   return static_cast<double*>(tensors::elements(tensor, count, DType::float64));
 }
 

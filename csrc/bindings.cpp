@@ -59,25 +59,28 @@ PyObject* forward_py(Arguments given) {
   call.scale = real(given[5]);
   const DType dtype = tensors::read(given[6], DType::float16).ours;
   void* const loss = tensors::elements(given[6], reduction == Reduction::none ? call.rows : 1, dtype);
-  call.saved = saved_of(given[8], call);
   constexpr int64_t FIELDS = sizeof(Stats) / sizeof(double);
   call.stats = static_cast<Stats*>(tensors::elements(given[9], FIELDS * call.rows, DType::float64));
   call.wants_stats = call.stats;
+  call.saved = saved_of(given[8], call);
   return run(call, given[10], [&](int threads) { return forward(call, reduction, num_items, loss, dtype, threads); });
 }
 
-// input, target, weight, options, num_items, upstream, scale, upstream of lse, grad, gradient of target, saved, threads
+// input, target, weight, options, num_items, upstream, scale, upstream of lse and of the entropy, grad, gradient of
+// target, saved, threads
 PyObject* backward_py(Arguments given) {
-  Call call = make_call(given[0], given[1], given[2], given[3], given[8], given[9]);
-  if (given[8] == Py_None) refuse("expected where to write the gradient, got None");
-  if (given[10] == Py_None) refuse("expected the rows that a forward call saved, got none");
+  Call call = make_call(given[0], given[1], given[2], given[3], given[9], given[10]);
+  if (given[9] == Py_None) refuse("expected where to write the gradient, got None");
+  if (given[11] == Py_None) refuse("expected the rows that a forward call saved, got none");
   const Reduction reduction = reduction_of(given[3]);
   const double num_items = real(given[4]);
   call.upstream = tensors::elements(given[5], call.rows, acc_of(call));
   call.scale = real(given[6]);
   call.g_lse = tensors::elements(given[7], call.rows, acc_of(call));
-  call.saved = saved_of(given[10], call);
-  return run(call, given[11], [&](int threads) { return backward(call, reduction, num_items, threads); });
+  call.g_entropy = tensors::elements(given[8], call.rows, acc_of(call));
+  call.wants_stats = call.g_entropy;
+  call.saved = saved_of(given[11], call);
+  return run(call, given[12], [&](int threads) { return backward(call, reduction, num_items, threads); });
 }
 
 // input, target, weight, options, sums, threads
@@ -86,14 +89,15 @@ PyObject* part_py(Arguments given) {
   return run(call, given[5], [&](int threads) { return of_shard(call, threads); });
 }
 
-// input, target, weight, options, sums, upstream, scale, upstream of lse, grad, threads
+// input, target, weight, options, sums, upstream, scale, upstream of lse and of the entropy, grad, threads
 PyObject* finish_py(Arguments given) {
-  if (given[8] == Py_None) refuse("expected where to write the gradient, got None");
-  Call call = shard_call(given[0], given[1], given[2], given[3], given[8], given[4]);
+  if (given[9] == Py_None) refuse("expected where to write the gradient, got None");
+  Call call = shard_call(given[0], given[1], given[2], given[3], given[9], given[4]);
   call.upstream = tensors::elements(given[5], call.rows, acc_of(call));
   call.scale = real(given[6]);
   call.g_lse = tensors::elements(given[7], call.rows, acc_of(call));
-  return run(call, given[9], [&](int threads) { return of_shard(call, threads); });
+  call.g_entropy = tensors::elements(given[8], call.rows, acc_of(call));
+  return run(call, given[10], [&](int threads) { return of_shard(call, threads); });
 }
 
 // call, watchers, watchers of 16 bits
@@ -104,8 +108,8 @@ PyMethodDef FAST[] = {
      ""},
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<forward_py, 11>)), METH_FASTCALL, ""},
     {"part", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<part_py, 6>)), METH_FASTCALL, ""},
-    {"finish", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<finish_py, 10>)), METH_FASTCALL, ""},
-    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<backward_py, 12>)), METH_FASTCALL,
+    {"finish", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<finish_py, 11>)), METH_FASTCALL, ""},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<backward_py, 13>)), METH_FASTCALL,
      ""},
     {}};
 

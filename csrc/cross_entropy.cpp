@@ -238,7 +238,9 @@ void reduce(const A* rows, int64_t n, Reduction reduction, double divisor, void*
 
 }  // namespace
 
-int saved_columns(int64_t classes, bool probs) { return classes <= FEW_CLASSES ? 0 : SAVED_Y + probs; }
+int saved_columns(int64_t classes, bool probs, bool wants_stats) {
+  return classes <= FEW_CLASSES ? 0 : SAVED_Y + probs + wants_stats;
+}
 
 bool lanes_across_rows(const Call& call) {
   if (call.C <= FEW_CLASSES) return true;

@@ -82,6 +82,7 @@ enum SavedColumn {
   SAVED_SO,
   SAVED_Q_OTHERS,
   SAVED_Y,  // under probability targets: the largest logit
+  // e_drop comes last, where statistics were asked for.
 };
 
 // What a row can tell besides its loss.
@@ -93,11 +94,12 @@ struct Stats {
 // `acc` is double for float64 logits, float for all others. A null pointer: not given, not wanted.
 struct Call {
   // inputs
-  View input;            // (N, C, d1..dk)
-  View target;           // (N, d1..dk) int64 or uint8; or probabilities (N, C, d1..dk)
-  const void* weight;    // (C) acc, those of the classes that input holds
-  const void* upstream;  // (rows) acc, of the loss
-  const void* g_lse;     // (rows) acc, of lse
+  View input;             // (N, C, d1..dk)
+  View target;            // (N, d1..dk) int64 or uint8; or probabilities (N, C, d1..dk)
+  const void* weight;     // (C) acc, those of the classes that input holds
+  const void* upstream;   // (rows) acc, of the loss
+  const void* g_lse;      // (rows) acc, of lse
+  const void* g_entropy;  // (rows) acc, of the entropy
   // outputs
   void* loss;     // (rows) acc, or input's dtype if `rounds_loss`; null: backward
   double* saved;  // (columns, rows)
@@ -109,11 +111,11 @@ struct Call {
   RowDims dims;
   int64_t rows, C;
   int64_t first, total;  // classes before those that input holds, and in all
-  bool probs;    // target holds probabilities
-  bool across;   // the lanes of a vector are rows, not classes
-  bool streams;  // grad is written past the caches
+  bool probs;            // target holds probabilities
+  bool across;           // the lanes of a vector are rows, not classes
+  bool streams;          // grad is written past the caches
   bool rounds_loss;
-  bool wants_stats;  // in `stats`, or their part of `sums`
+  bool wants_stats;  // in `stats`, or their part of `sums`; in backward, what the entropy's gradient takes
   // options
   Options options;
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
@@ -121,7 +123,8 @@ struct Call {
 
   FUSED_CE_INLINE bool is_part() const { return sums && !grad.data; }
 
-  FUSED_CE_INLINE double* column(SavedColumn which) const { return saved + which * rows; }
+  FUSED_CE_INLINE double* column(int which) const { return saved + which * rows; }
+  FUSED_CE_INLINE double* e_drop_column() const { return column(SAVED_Y + probs); }
 
   FUSED_CE_INLINE int64_t target_at(int64_t offset) const {
     return target.dtype == DType::uint8 ? static_cast<const uint8_t*>(target.data)[offset]
@@ -151,7 +154,7 @@ FUSED_CE_INLINE int across_groups(const Call& call) { return call.C <= 16 ? MOST
 bool lanes_across_rows(const Call& call);
 
 // Of `Call::saved`.
-int saved_columns(int64_t classes, bool probs);
+int saved_columns(int64_t classes, bool probs, bool wants_stats);
 
 struct Refusal {  // why a call was refused: an index outside [0, total)
   bool bad;

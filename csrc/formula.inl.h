@@ -64,6 +64,9 @@ template <class N> struct RowSums { N m, so, z_y, q_y, q_others, q_drop, e_drop,
 template <class F> struct LaneSums { typename F::V so[2] = {}, q_others = {}, q_drop = {}, e_drop = {}; };
 
 // [3] row_lse
+// e_c drop, and 0 where a class has no part in the sums and drop may be infinite.
+template <class N> INLINE N times_drop(N e_c, N drop) { return e_c == 0 ? e_c : e_c * drop; }
+
 // Adds classes: e_c = exp(z - m), and drop() = m - z where a sum asks for it. For y, and for lanes that hold no class,
 // e_c, q_c and drop() are 0.
 template <class F, class Drop>
@@ -74,7 +77,7 @@ INLINE void row_lse(LaneSums<F>& sums, typename F::V e_c, typename F::V q_c, Dro
     const typename F::V drop_c = drop();
     sums.q_drop += drop_c == 0 ? drop_c : q_c * drop_c;  // a weight may be infinite
   }
-  if (wants_stats) sums.e_drop += e_c == 0 ? e_c : e_c * drop();
+  if (wants_stats) sums.e_drop += times_drop(e_c, drop());
 }
 
 // m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN.
@@ -97,6 +100,7 @@ template <class N> INLINE RowSums<N> put_back(RowSums<N> sums) {
   sums.so += exp_of(-y_drop);
   sums.q_others += sums.q_y;
   sums.q_drop += sums.q_y * y_drop;
+  sums.e_drop += times_drop(exp_of(-y_drop), y_drop);
   sums.z_y = -infinity_of(sums.m);
   sums.q_y = N{};
   return sums;
@@ -143,11 +147,17 @@ template <class N, class A> INLINE N row_loss(const RowTerms<N, A>& row, const C
   return loss;
 }
 
-// What a row's gradient needs: dz_c = p_scale exp(z_c - m) - scale q_c, and dz_y on its own.
-template <class N, class A> struct GradFactors {
-  N p_scale, scale, dz_y;
+// Sum of p_c drop.
+template <class N, class A> INLINE N mean_drop(const RowTerms<N, A>& row) {
+  const RowSums<N>& sums = row.sums;
+  return (sums.e_drop + times_drop(row.e_y, sums.m - sums.z_y)) / (sums.so + row.e_y);
+}
 
-  INLINE GradFactors(const RowTerms<N, A>& row, const Call& call, N scale, N g_lse) : scale(scale) {
+// What a row's gradient needs: dz_c = (p_scale + h_scale drop) exp(z_c - m) - scale q_c, and dz_y on its own.
+template <class N, class A> struct GradFactors {
+  N p_scale, scale, dz_y, h_scale;
+
+  INLINE GradFactors(const RowTerms<N, A>& row, const Call& call, N scale, N g_lse, N g_entropy) : scale(scale) {
     const RowSums<N>& sums = row.sums;
     const A L = A(call.options.lse_square_scale * call.ratio);
     const N inverse = 1 / (sums.so + row.e_y);
@@ -155,14 +165,24 @@ template <class N, class A> struct GradFactors {
     if (L != 0) others += 2 * L * (scale * row.lse);
     p_scale = (others + scale * sums.q_y) * inverse;
     dz_y = others * (row.e_y * inverse) - scale * sums.q_y * (sums.so * inverse);
+    h_scale = N{};
+    if (!call.g_entropy) return;
+    h_scale = g_entropy * inverse;
+    const N mean = mean_drop(row);
+    p_scale -= h_scale * mean;
+    dz_y += h_scale * (times_drop(row.e_y, sums.m - sums.z_y) - row.e_y * mean);
   }
+  INLINE N largest() const { return __builtin_fabs(h_scale) > __builtin_fabs(p_scale) ? h_scale : p_scale; }
 };
 
 // [5] row_grad
-// dx of classes other than y; slope() is dz/dx, asked for where it is not the same number everywhere.
-template <class F, class P, class Slope>
-INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P scale, bool capped, Slope slope) {
+// dx of classes other than y; slope() is dz/dx, asked for where it is not the same number everywhere, and drop() where
+// the entropy has an upstream gradient.
+template <class F, class P, class Drop, class Slope>
+INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P scale, P h_scale, bool of_entropy,
+                              Drop drop, bool capped, Slope slope) {
   typename F::V dx = p_scale * e_c;
+  if (of_entropy) dx += h_scale * times_drop(e_c, drop());
   if constexpr (F::DENSE) dx -= scale * q_c;
   if (capped) dx *= slope();
   return dx;
@@ -171,11 +191,7 @@ INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P
 // The gradient of a probability; `share` is the upstream gradient times 1 - e, `drop` m - z.
 template <class N, class V, class P> INLINE V target_grad(V drop, N lse_m, P share) { return share * (lse_m + drop); }
 
-template <class N, class A> INLINE N row_entropy(const RowTerms<N, A>& row) {
-  const RowSums<N>& sums = row.sums;
-  const N y_drop = row.e_y == 0 ? row.e_y : row.e_y * (sums.m - sums.z_y);
-  return row.lse_m + (sums.e_drop + y_drop) / (sums.so + row.e_y);
-}
+template <class N, class A> INLINE N row_entropy(const RowTerms<N, A>& row) { return row.lse_m + mean_drop(row); }
 INLINE Stats row_stats(double lse, double entropy, double L, int64_t argmax) {
   return {lse, L == 0 ? 0.0 : L * lse * lse, entropy, argmax};
 }

@@ -24,7 +24,8 @@ template <class F> INLINE void part_sums(RowGroup<F, true>& group, const Call& c
         sums.z_y = double(group.z_y.high[i]) + (F::CHANGED ? double(group.z_y.low[i]) : 0.0);
         sums.q_y = double(own_q<A>(call, y)) + (F::DENSE ? double(group.sums.q_y[i]) : 0.0);
       }
-      if constexpr (F::DENSE) sums.q_others = double(group.sums.q_others[i]), sums.q_drop = double(group.sums.q_drop[i]);
+      if constexpr (F::DENSE)
+        sums.q_others = double(group.sums.q_others[i]), sums.q_drop = double(group.sums.q_drop[i]);
       if (wants_stats) {
         sums.e_drop = double(group.sums.e_drop[i]) * double(group.minus_m.unit[i]);
         sums.argmax = double(call.first + group.largest[i]);
@@ -36,9 +37,10 @@ template <class F> INLINE void part_sums(RowGroup<F, true>& group, const Call& c
 
 template <class F> INLINE void finish_grad(RowGroup<F, true>& group, const Call& call) {
   TYPES(F);
-  const A *const upstream = static_cast<const A*>(call.upstream), *const g_lse = static_cast<const A*>(call.g_lse);
+  const A *const upstream = static_cast<const A*>(call.upstream), *const g_lse = static_cast<const A*>(call.g_lse),
+                 *const g_entropy = static_cast<const A*>(call.g_entropy);
   const double k = F::CHANGED && call.options.softcap > 0 ? 1 : call.options.logit_scale;
-  V p_scale = {};
+  V p_scale = {}, h_scale = {}, largest = {};
   group.m = {V{}, V{}}, group.scale = group.dz_y = V{};
   for (int i = 0; i < group.part.n; i++) {
     const int64_t row = group.part.first + i;
@@ -46,12 +48,14 @@ template <class F> INLINE void finish_grad(RowGroup<F, true>& group, const Call&
     if (group.labels.y[i] < 0) sums = put_back(sums);
     const RowTerms<double, double> terms(sums);
     const double scale = call.scale * (upstream ? double(upstream[row]) : 1.0);
-    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[row]) : 0.0);
+    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[row]) : 0.0,
+                                              g_entropy ? double(g_entropy[row]) : 0.0);
     group.m.high[i] = A(sums.m), group.m.low[i] = A(sums.m - double(A(sums.m)));
-    p_scale[i] = A(k * factors.p_scale), group.scale[i] = A(k * factors.scale), group.dz_y[i] = A(k * factors.dz_y);
+    p_scale[i] = A(k * factors.p_scale), h_scale[i] = A(k * factors.h_scale), largest[i] = A(k * factors.largest());
+    group.scale[i] = A(k * factors.scale), group.dz_y[i] = A(k * factors.dz_y);
   }
-  group.minus_m = MinusLanes<A>(group.m, headroom_of<A>(p_scale));
-  group.p_scale = p_scale * group.minus_m.unit;
+  group.minus_m = MinusLanes<A>(group.m, headroom_of<A>(largest));
+  group.p_scale = p_scale * group.minus_m.unit, group.h_scale = h_scale * group.minus_m.unit;
   group.for_each_chunk([&]() LAMBDA { group.template write_grad<false>(call); });
 }
 

@@ -72,6 +72,7 @@ def backward(
     upstream: Tensor | None,  # (rows) acc, of the loss; None: one for all
     scale: float,  # what multiplies them
     of_lse: Tensor | None,  # (rows) acc, of lse
+    of_entropy: Tensor | None,  # (rows) acc, of the entropy
     grad: Tensor,  # the input's shape
     d_target: Tensor | None,  # the target's shape
     saved: Tensor,
@@ -100,6 +101,7 @@ def finish(
     upstream: Tensor | None,  # (rows) acc, of the cross entropy; None: one for all
     scale: float,  # what multiplies them
     of_lse: Tensor | None,  # (rows) acc, of lse
+    of_entropy: Tensor | None,  # (rows) acc, of the entropy
     grad: Tensor,  # the input's shape
     threads: int,
     /,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 
 def _find(path: str, otherwise: Any = None) -> Any:
@@ -55,6 +56,7 @@ _unwrap_if_dead: Callable[[Tensor], Tensor] = _find("_C._functorch.unwrap_if_dea
 # Swaps all that two storages hold. Without it, the memory of a tensor made elsewhere cannot be resized.
 swap: Callable[[Any, Any], None] | None = _find("UntypedStorage._swap_data_ptr_")
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _PID = os.getpid()
 T = TypeVar("T")
 
@@ -79,6 +81,11 @@ def is_watched() -> bool:
 def is_dispatched() -> bool:
     """Whether something watches torch's operators: it is to see the kernels as one of them."""
     return _dispatch_modes() > 0
+
+
+def is_overridden(tensors: tuple[Any, ...]) -> bool:  # of Tensor | None
+    """Whether a subclass or a mode is to see the call of a torch function with them."""
+    return has_torch_function(tensors) and (is_watched() or any(type(tensor) not in _PLAIN for tensor in tensors))
 
 
 # The above as functions that answer with something true where it is at work, and what matters to 16 bits only.

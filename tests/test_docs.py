@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"(?:^<!-- before: (.+?) -->\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RUN_ELSEWHERE = ("integrations.md", "logging.md")  # by test_integrations.py, a process each
 if not (ROOT / "docs").exists():
     pytest.skip("not a checkout", allow_module_level=True)
 
@@ -61,7 +62,9 @@ def alone(tmp_path: Path) -> Iterator[str]:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page) and page.name not in RUN_ELSEWHERE], ids=lambda page: page.name
+)
 def test_blocks_run(page: Path, alone: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

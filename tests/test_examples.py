@@ -177,3 +177,11 @@ def test_language_model_has_the_same_curve_with_either_loss():
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert float(re.search(r"furthest apart: (\S+) of the loss", printed)[1]) < 1e-5
     assert len(re.findall(r"peak +\d+\.\d MB +\d+\.\d MB", printed)) == 1
+
+
+def test_a_sharded_head_has_the_curve_of_one_process():
+    command = [sys.executable, str(EXAMPLES / "tensor_parallel.py"), "--steps=3", "--vocabulary=301", "--files=3"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert float(re.search(r"furthest apart: (\S+) of the loss", printed)[1]) < 1e-5
+    assert re.search(r"logits of a rank +256 x 301 +256 x 151\n", printed)

@@ -125,8 +125,8 @@ def test_export_for_any_number_of_rows() -> None:
 def test_opcheck_of_the_derivative(name: str, keywords: dict[str, Any]) -> None:
     options = Options(**keywords)._replace(dtype=torch.float64)
     call = Call(x(4, 5), p(4, 5) if name == "probabilities" else y(4), w(), options)
-    loss, saved, lse, *_ = torch.ops.fused_ce.forward(*arguments(call, None), True, True)
-    upstream = torch.ones_like(loss), torch.ones_like(lse)
+    loss, saved, lse, _, _, entropy = torch.ops.fused_ce.forward(*arguments(call, None), True, True)
+    upstream = torch.ones_like(loss), torch.ones_like(lse), torch.ones_like(entropy)
     torch.library.opcheck(
         torch.ops.fused_ce.backward.default, (*upstream, *arguments(call, None), saved, call.has_probs)
     )

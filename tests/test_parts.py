@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from itertools import product
 
@@ -40,12 +41,12 @@ def test_shards_make_the_whole(backend: Backend, case: Case) -> None:
     case = for_triton(case) if backend.name == "triton" else case
     call = case.build(backend.device)
     exact_loss, exact_grad = expected_of(case)
-    for borders in cuts(case.C):
-        before = bits(call.input).clone()
-        loss, grad = assembled(backend.module, call, borders)
-        assert torch.equal(bits(call.input), before)
-        check(loss, exact_loss)
-        check_grad(grad, call, exact_grad)
+    borders = cuts(case.C)[zlib.crc32(case.id.encode()) % len(cuts(case.C))]
+    before = bits(call.input).clone()
+    loss, grad = assembled(backend.module, call, borders)
+    assert torch.equal(bits(call.input), before)
+    check(loss, exact_loss)
+    check_grad(grad, call, exact_grad)
 
 
 def sums_of(backend: Backend, call: Call, borders: tuple[int, ...]) -> Iterator[tuple[RowSums, RowSums]]:
@@ -57,7 +58,7 @@ def sums_of(backend: Backend, call: Call, borders: tuple[int, ...]) -> Iterator[
 
 @pytest.mark.parametrize("C", [7, 40, 1000, 5000])
 @pytest.mark.parametrize("dtype", [f32, f64, bf16, f16], ids=str)
-@pytest.mark.parametrize("name", ["plain", *OPTIONS])
+@pytest.mark.parametrize("name", ["plain", "smoothing", "scale-below-0", "everything"])
 def test_sums_of_a_shard(backend: Backend, name: str, dtype: torch.dtype, C: int) -> None:
     if backend.name == "triton" and C > 1000:
         pytest.skip("wide rows take their time in the interpreter")

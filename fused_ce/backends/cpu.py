@@ -65,8 +65,12 @@ def is_common(call: Call) -> bool:
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
-    """(columns, rows): m, so, q_others, and the largest logit under probabilities; nothing of few classes."""
-    return 0 if call.classes <= _C.few_classes else 3 + call.has_probs, call.rows
+    """(columns, rows): m, so, q_others, the largest logit under probabilities, and e_drop with statistics.
+
+    Nothing of few classes, whose sums backward makes again.
+    """
+    columns = 3 + call.has_probs + call.options.return_stats
+    return 0 if call.classes <= _C.few_classes else columns, call.rows
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
@@ -127,6 +131,7 @@ def backward(
         of_rows,
         scale,
         _in_acc(upstream.lse, call),
+        _in_acc(upstream.entropy, call),
         dx,
         dt,
         saved,
@@ -154,6 +159,7 @@ def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
         sums,
         *_of_loss(upstream, call),
         _in_acc(upstream.lse, call),
+        _in_acc(upstream.entropy, call),
         into,
         torch.get_num_threads(),
     )

@@ -26,6 +26,8 @@ SENT = ("m", "so", "z_y", "q_drop", "e_drop", "argmax")
 ROW_BYTES = len(SENT) * 8
 # That a rank receives. Beyond, reductions are faster by the model of docs/distributed.md: latency times bandwidth.
 MOST_GATHERED = 4 << 20
+# As torch 2.13 calls what it warns of by its old name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def exchange(part: Tensor, mine: Status, rows: Rows, ranks: Ranks) -> RowSums:  # (8, R), of this rank's shard
@@ -45,6 +47,14 @@ def gathers(R: int, ranks: Ranks) -> bool:
     return (ranks.size - 1) * R * ROW_BYTES <= MOST_GATHERED
 
 
+def gather(numbers: Tensor, ranks: Ranks) -> Tensor:  # (n,) -> (P, n)
+    if ranks.size == 1:
+        return numbers[None]
+    everything = numbers.new_empty(ranks.size * len(numbers))
+    _all_gather(everything, numbers, group=ranks.group)
+    return everything.view(ranks.size, -1)
+
+
 def fail(error: BaseException, R: int, device: torch.device, wants_stats: bool, ranks: Ranks) -> None:
     """Take part in what the other ranks are on their way into, so that they hear of the error."""
     numbers = of_error(error).numbers(device)
@@ -57,6 +67,16 @@ def fail(error: BaseException, R: int, device: torch.device, wants_stats: bool, 
         _reduce(nan.expand(4, R).contiguous(), ranks)
         if wants_stats:
             _reduce(nan.clone(), ranks, dist.ReduceOp.MAX)
+
+
+def tell(mine: Status, ranks: Ranks) -> Tensor:
+    """Tell all ranks, on a CPU, how this one fares; what they all told, for `status.check`, (P, LENGTH)."""
+    return gather(mine.numbers(torch.device("cpu")), ranks)
+
+
+def add_up(term: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of all ranks' terms, in the memory of this rank's."""
+    return _reduce(term, ranks)
 
 
 def _gathered(part: RowSums, numbers: Tensor, rows: Rows, ranks: Ranks) -> RowSums:
@@ -93,12 +113,7 @@ def _whole(rows: Rows, m: Tensor, so: Tensor, z_y: Tensor, q_drop: Tensor, e_dro
 def _gather(columns: list[Tensor], numbers: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:  # (R,) each, (LENGTH,)
     """(P, 6, R) and (P, LENGTH)."""
     sent = torch.cat([*columns, numbers])
-    everything = sent.new_empty(ranks.size * len(sent))
-    if ranks.size == 1:
-        everything = sent
-    else:
-        dist.all_gather_into_tensor(everything, sent, group=ranks.group)
-    sums, told = torch.split(everything.view(ranks.size, -1), [len(sent) - LENGTH, LENGTH], 1)
+    sums, told = torch.split(gather(sent, ranks), [len(sent) - LENGTH, LENGTH], 1)
     return sums.reshape(ranks.size, len(columns), len(columns[0])), told
 
 
