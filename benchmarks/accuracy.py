@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fused_ce
 from fused_ce.backends import cpu, reference
-from fused_ce.backends.triton import launch
+from fused_ce.backends.triton import kernels, launch
 from fused_ce.contract import Call
 from fused_ce.options import Options
 
@@ -131,7 +131,7 @@ def implementations(dtype: str) -> list[str]:
     names += [f"cpu {isa}" for isa in (cpu._C.isa_names() if cpu._C else [])]
     if launch.INSTALLED and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported
-        launch._kernels()
+        kernels.table()
         # The interpreter cuts float32 off to make bfloat16, where a GPU rounds: its figure would be of no use.
         names += ["triton"] if dtype != "bfloat16" else []
     return names

@@ -3,7 +3,7 @@
     python benchmarks/gpu_static.py --json FILE
     python benchmarks/gpu_static.py --target sm_90 --classes 50257,128256 --kernel forward
 
-Nothing is restated: `launch.forward` and `launch.backward` run on tensors without memory, and what they would have
+Nothing is restated: what `launch` offers runs on tensors without memory, and what they would have
 launched goes through Triton's own specialisation to its compiler, and from there to its disassembler. No device is
 asked.
 """
@@ -33,10 +33,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from fused_ce.backends.triton import kernels, plan
 from fused_ce.backends.triton import launch as backend
-from fused_ce.backends.triton import plan
 from fused_ce.contract import Call, Upstream
-from fused_ce.options import Options
+from fused_ce.options import Options, Shard
 
 CLASSES = (10, 1000, 4096, 32000, 50257, 65537, 128256, 151936, 262144)
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
@@ -103,7 +103,7 @@ class Launch(NamedTuple):
 
 
 def launches(N: int, C: int, dtype: torch.dtype, target: Target, options: Options = PLAIN) -> Iterator[Launch]:
-    """What a call launches, forward and backward, by each schedule."""
+    """What a call launches, forward and backward, by each schedule; and as one of four shards of the classes."""
     input = torch.empty(N, C, dtype=dtype, device="meta")
     labels = torch.empty(N, dtype=torch.int64, device="meta")
     upstream = torch.empty((), dtype=dtype, device="meta")
@@ -113,19 +113,23 @@ def launches(N: int, C: int, dtype: torch.dtype, target: Target, options: Option
         found.append((kernel, grid, args, meta))
 
     call = Call(input, labels, None, options)
-    with mock.patch.object(backend, "_launch", launch), mock.patch.object(plan, "device", return_value=target.device):
+    with mock.patch.object(kernels, "launch", launch), mock.patch.object(plan, "device", return_value=target.device):
         for schedule in ("loss", "fused", "recompute"):
             done = backend.forward(call, schedule)
             if schedule != "loss":
                 backend.backward(call, done.grad, done.saved, Upstream(upstream), False, False)
             yield from (Launch(schedule, *each) for each in found)
             found.clear()
+        call = call._replace(options=options._replace(shard=Shard(C, 4 * C)))
+        sums = backend.part(call)
+        backend.finish(call, sums, Upstream(sums[0], sums[0]), torch.empty_like(input))
+        yield from (Launch("shard", *each) for each in found)
 
 
 def compiled(launch: Launch, target: Target, **more: Any) -> Any:
     """Triton's compiled kernel."""
     driver.set_active(Driver(target.triton))
-    kernel = backend._kernels()[launch.kernel]
+    kernel = kernels.table()[launch.kernel]
     return kernel.warmup(*launch.args, grid=launch.grid, **launch.meta, enable_fp_fusion=True, **more)
 
 

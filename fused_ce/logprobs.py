@@ -59,8 +59,7 @@ def token_logprobs(
             of the logits in float32.
         mask: shape (...); rows where it is False or 0 are left out: they cost nothing, whatever their logits and ids
             are, and have log-probability, entropy and gradient 0.
-        return_entropy: give the entropy of each row's distribution too, in nats, from the same pass. It carries the
-            gradient that `cross_entropy(return_stats=True).entropy` carries: none yet.
+        return_entropy: give the entropy of each row's distribution too, in nats, from the same pass, with its gradient.
 
     Returns:
         Log-probabilities of shape (...), float32, or float64 for float64 logits; with return_entropy a tuple of them

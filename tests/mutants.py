@@ -191,9 +191,9 @@ TRITON = [
     ("fused_ce/backends/triton/formula.py", "part.q_drop + part.q_others * rise", "part.q_drop", "tests/test_gpu.py -k test_paths and probabilities"),
     ("fused_ce/backends/triton/formula.py", "(part.e_drop + part.so * rise) * shrink", "part.e_drop * shrink", "tests/test_row_sums.py -k triton"),
     ("fused_ce/backends/triton/formula.py", "higher, m = ~(b.m <= a.m)", "higher, m = (b.m <= a.m)", "tests/test_gpu.py -k test_paths and probabilities"),
-    ("fused_ce/backends/triton/formula.py", "tl.where(lower, part.q_others + part.q_y, part.q_others)", "part.q_others", "tests/test_gpu.py -k test_paths and probabilities"),
-    ("fused_ce/backends/triton/formula.py", "tl.where(lower, part.q_drop + part.q_y * y_drop, part.q_drop)", "part.q_drop", "tests/test_row_sums.py tests/test_gpu.py -k triton and (row_sums or parts or test_paths)"),
-    ("fused_ce/backends/triton/formula.py", "tl.where(lower, part.so + exp(-y_drop, EXACT), part.so)", "part.so", "tests/test_gpu.py -k test_paths and probabilities"),
+    ("fused_ce/backends/triton/formula.py", "tl.where(where, sums.q_others + sums.q_y, sums.q_others)", "sums.q_others", "tests/test_gpu.py -k test_paths and probabilities"),
+    ("fused_ce/backends/triton/formula.py", "tl.where(where, sums.q_drop + sums.q_y * y_drop, sums.q_drop)", "sums.q_drop", "tests/test_row_sums.py tests/test_gpu.py -k triton and (row_sums or parts or test_paths)"),
+    ("fused_ce/backends/triton/formula.py", "tl.where(where, sums.so + exp(-y_drop, EXACT), sums.so)", "sums.so", "tests/test_gpu.py -k test_paths and probabilities"),
     ("fused_ce/backends/triton/formula.py", 'return tl.where(m == float("-inf"), 0.0, m)', "return m", "tests/test_gpu.py -k test_paths and minus-inf"),
     ("fused_ce/backends/triton/tiles.py", 'z = tl.where(col_mask, z, float("-inf"))', "z = z", "tests/test_gpu.py -k test_paths and everything"),
     ("fused_ce/backends/triton/tiles.py", "tl.where(group.counted, dx, 0.0), mask)  # an ignored", "dx, mask)  # an ignored", "tests/test_backends.py -k test_contract and triton and ignored"),
@@ -214,7 +214,7 @@ TRITON = [
     ("fused_ce/backends/triton/tiles.py", "counted & ~exists)\n    return counted, tl.where(exists, y, -1)", "counted & ~exists)\n    return counted, tl.where(exists, y, 0)", "tests/test_backends.py -k test_target_out_of_range and triton"),
     ("fused_ce/backends/triton/tiles.py", "exists = source.read & (y >= 0)", "exists = source.read", "tests/test_backends.py -k test_target_out_of_range and triton"),
     ("fused_ce/backends/triton/backward.py", "    if TRAITS.UNLESS_EXPECTED:\n        if tl.load", "    if TRAITS.UNLESS_EXPECTED:\n        if True or tl.load", "tests/test_gpu.py -k test_expected_upstream"),
-    ("fused_ce/backends/triton/launch.py", "pieces = 1 if options.inplace else min", "pieces = min", "tests/test_gpu.py -k test_in_place"),
+    ("fused_ce/backends/triton/kernels.py", "pieces = 1 if call.options.inplace else min", "pieces = min", "tests/test_gpu.py -k test_in_place"),
     ("fused_ce/backends/triton/forward.py", "for p in tl.range(tl.program_id(0), groups, tl.num_programs(0),", "for p in tl.range(tl.program_id(0), tl.program_id(0) + 1, tl.num_programs(0),", "tests/test_gpu.py -k test_several_rows or test_paths"),
     ("fused_ce/backends/triton/backward.py", "for p in range(tl.program_id(0), groups, tl.num_programs(0)):", "for p in range(tl.program_id(0), tl.program_id(0) + 1):", "tests/test_gpu.py -k test_several_rows or fewer_programs"),
     ("fused_ce/backends/triton/tiles.py", "        for t in range(tl.program_id(1), tiles, tl.num_programs(1)):\n            cols =", "        for t in range(tl.program_id(1), tl.program_id(1) + 1):\n            cols =", "tests/test_gpu.py -k test_several_rows or fewer_programs"),
@@ -249,6 +249,29 @@ TRITON = [
     ("fused_ce/backends/triton/formula.py", "q_drop += tl.where(others, q * drop, 0.0)", "q_drop += tl.where(col_mask, q * drop, 0.0)", "tests/test_backends.py -k test_contract and triton and smoothing"),
     ("fused_ce/backends/triton/tiles.py", "is_float32(logits.ptr.dtype)), group.row_mask & col_mask", "is_float32(logits.ptr.dtype)), col_mask", "tests/test_gpu.py -k test_several_rows or extras_and_their"),
     ("fused_ce/backends/triton/forward.py", "at = tl.where(~(z <= highest)", "at = tl.where(~(z < highest)", "tests/test_gpu.py -k test_the_first_of_equal"),
+    # A shard of the classes
+    ("fused_ce/backends/triton/tiles.py", "q_y = (1.0 - options.e) * t_y + options.e / options.total", "q_y = (1.0 - options.e) * t_y + options.e / options.C", "tests/test_parts_triton.py -k test_options and smoothing"),
+    ("fused_ce/backends/triton/tiles.py", "q = (1.0 - options.e) * q + options.e / options.total", "q = (1.0 - options.e) * q + options.e / options.C", "tests/test_parts_triton.py -k test_options and smoothing"),
+    ("fused_ce/backends/triton/tiles.py", "total = C if given.shard is None else given.shard.total", "total = C", "tests/test_parts_triton.py -k elsewhere"),
+    ("fused_ce/backends/triton/tiles.py", "(here >= 0) & (here < C)", "here < C", "tests/test_parts_triton.py -k elsewhere"),
+    ("fused_ce/backends/triton/tiles.py", "(here >= 0) & (here < C)", "here >= 0", "tests/test_parts_triton.py -k elsewhere"),
+    ("fused_ce/backends/triton/tiles.py", "y = tl.where(y < 0, y,", "y = tl.where(y < 0, ELSEWHERE,", "tests/test_parts_triton.py -k outside"),
+    ("fused_ce/backends/triton/tiles.py", 'tl.where(y == ELSEWHERE, float("-inf"), z_y)', "z_y", "tests/test_parts_triton.py -k elsewhere"),
+    ("fused_ce/backends/triton/tiles.py", "tl.where(y == ELSEWHERE, 0.0, q_y)", "q_y", "tests/test_parts_triton.py -k elsewhere"),
+    ("fused_ce/backends/triton/tiles.py", "count *= given.sizes[d]", "count *= 1", "tests/test_parts_triton.py -k test_layouts and pixels"),
+    ("fused_ce/backends/triton/backward.py", "put_back(sums, y == ELSEWHERE,", "put_back(sums, y == y - 1,", "tests/test_parts_triton.py -k test_options and plain"),
+    ("fused_ce/backends/triton/forward.py", "tl.maximum(sums.argmax, 0) + first", "tl.maximum(sums.argmax, 0)", "tests/test_parts_triton.py -k test_options and statistics"),
+    ("fused_ce/backends/triton/forward.py", "tl.maximum(sums.argmax, 0) + first", "sums.argmax + first", "tests/test_parts_triton.py -k no-class"),
+    ("fused_ce/backends/triton/forward.py", "e_drop, argmax = tl.zeros_like(sums.so),", "e_drop, argmax = sums.e_drop,", "tests/test_parts_triton.py -k test_paths and plain"),
+    ("fused_ce/backends/triton/forward.py", "tl.where(group.counted, part[i], 0.0)", "part[i]", "tests/test_parts_triton.py -k ignored"),
+    ("fused_ce/backends/triton/kernels.py", "weight[shard.first : shard.first + C]", "weight[:C]", "tests/test_parts_triton.py -k test_options and weight"),
+    ("fused_ce/backends/triton/launch.py", "weight.shape != (call.shard.total,)", "weight.shape != (call.classes,)", "tests/test_parts_triton.py -k weights"),
+    ("fused_ce/backends/triton/shards.py", "*call.options[:4]", "*call.options[:5]", "tests/test_parts_triton.py -k z-loss"),
+    ("fused_ce/backends/triton/shards.py", "readable(sums).contiguous()", "readable(sums)", "tests/test_parts_triton.py -k one_upstream"),
+    ("fused_ce/backends/triton/self_check.py", "run(few._replace(input=_copied(few.input))", "run(few._replace(input=few.input.clone())", "tests/test_self_check.py -k few_rows"),
+    ("fused_ce/backends/triton/self_check.py", "_copied(_first(into, call))", "_first(into, call)", "tests/test_self_check_shards.py -k right"),
+    ("fused_ce/backends/triton/compare.py", "torch.arange(first, first + C", "torch.arange(0, C", "tests/test_self_check_shards.py"),
+    ("fused_ce/backends/triton/compare.py", "labels < call.shard.total)]", "labels < call.classes)]", "tests/test_self_check_shards.py"),
 ]  # fmt: skip
 MUTANTS = [Mutant(*fields) for fields in (*PYTHON, *TRITON, *CPP)]
 
@@ -270,14 +293,18 @@ def red(folder: Path, mutant: Mutant) -> str:
         raise SystemExit(f"{mutant.file} must hold once, not {before.count(mutant.line)} times: {mutant.line}")
     environment = os.environ | {"PYTHONPATH": str(folder), "FUSED_CE_BUILD_ISAS": "base"}
     build = f"{sys.executable} setup.py --quiet build_ext --inplace"
-    pytest = f"{sys.executable} -m pytest -x -q -p no:cacheprovider --show-capture=no {mutant.test}"
+    files, _, words = mutant.test.partition(" -k ")
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--show-capture=no", *files.split()]
+    pytest += ["-k", words.strip("'")] if words else []
     file.write_text(before.replace(mutant.line, mutant.mutation))
     try:
         if mutant.file.startswith("csrc"):
             subprocess.run(build, shell=True, cwd=folder, env=environment, check=True, capture_output=True)
-        run = subprocess.run(pytest, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+        run = subprocess.run(pytest, cwd=folder, env=environment, capture_output=True, text=True)
     finally:
         file.write_text(before)
+    if run.returncode in (4, 5):
+        raise SystemExit(f"pytest found no test in: {mutant.test}\n{run.stdout}{run.stderr}")
     failed = [line.split()[1] for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0] if failed else "" if run.returncode == 0 else f"pytest ended with {run.returncode}"
 

@@ -14,7 +14,7 @@ from judge import check, check_grad, expected_of
 from torch import Tensor
 
 from fused_ce import check_targets, cross_entropy
-from fused_ce.backends.triton import launch, self_check
+from fused_ce.backends.triton import kernels, launch, self_check
 from fused_ce.contract import Upstream
 
 if not torch.cuda.is_available():
@@ -202,13 +202,13 @@ def test_memory_beyond_logits_and_gradient(C: int, dtype: torch.dtype, upstream:
 
 @pytest.mark.parametrize("C", [1000, 128256])
 def test_other_values_do_not_compile_again(C: int) -> None:
-    kernels = launch._kernels()
+    table = kernels.table()
     x, y = make(64, C, torch.bfloat16)
     counts = []
     for value in (0.1, 0.2, 0.3):
         options = {"label_smoothing": value, "lse_square_scale": value, "softcap": 30 + value, "logit_scale": value}
         both(x, y, value, **options, grad_scale=value)
-        caches = [getattr(kernels, name).device_caches for name in ("forward", "backward", "prepare", "total")]
+        caches = [table[name].device_caches for name in ("forward", "backward", "prepare", "total")]
         counts.append([sum(len(entry[0]) for entry in cache.values()) for cache in caches])
     assert counts[0] == counts[1] == counts[2]
 

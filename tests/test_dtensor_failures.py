@@ -95,7 +95,7 @@ def run_in_place(rank: int, size: int, dim: int, dtype: torch.dtype) -> None:
     for changed in (0, 1):  # the logits, or the target, before a backward that may read them
         logits, labels = leaf * 1, target.clone()
         loss = cross_entropy(logits, labels, reduction="sum")
-        (logits, labels)[changed].add_(1)
+        (logits, labels)[changed].mul_(0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 

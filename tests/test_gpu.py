@@ -20,7 +20,7 @@ from oracle import double
 import fused_ce
 from fused_ce import operators
 from fused_ce.backends import reference
-from fused_ce.backends.triton import launch
+from fused_ce.backends.triton import kernels, launch
 from fused_ce.backends.triton import plan as planning
 from fused_ce.contract import Call, Schedule, Upstream
 from fused_ce.options import Options
@@ -82,14 +82,14 @@ SIDE_BY_SIDE = [
 ]
 
 
-def launch_fewer(monkeypatch: pytest.MonkeyPatch, *kernels: str) -> None:
+def launch_fewer(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Let these kernels, which walk on by the number of programs, run with half as many: else only huge inputs do."""
-    launch_all = launch._launch
+    launch_all = kernels.launch
 
     def fewer(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-        launch_all(kernel, tuple(-(-size // 2) for size in grid) if kernel in kernels else grid, *args, **meta)
+        launch_all(kernel, tuple(-(-size // 2) for size in grid) if kernel in names else grid, *args, **meta)
 
-    monkeypatch.setattr(launch, "_launch", fewer)
+    monkeypatch.setattr(kernels, "launch", fewer)
 
 
 @only_triton

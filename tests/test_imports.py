@@ -16,7 +16,7 @@ import pytest
 import fused_ce
 
 PACKAGE = Path(fused_ce.__file__).parent
-LAUNCHED = ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "self_check", "targets")
+LAUNCHED = ("arguments", "kernels", "plan", "readable", "rows", "self_check")
 ANYONE_MAY = {"contract", "options"}
 ARROWS = {
     "__init__": {
@@ -85,7 +85,15 @@ ARROWS = {
     "backends.cpu": {"_C", "_torch", "backends.pool", "operators"},
     "backends.pool": {"_C", "_torch"},
     "backends.triton.__init__": set(),
-    "backends.triton.launch": {"backends.reference", *(f"backends.triton.{name}" for name in LAUNCHED)},
+    "backends.triton.launch": {
+        "backends.reference",
+        *(f"backends.triton.{name}" for name in (*LAUNCHED, "shards", "targets")),
+    },
+    "backends.triton.shards": {"backends.reference", *(f"backends.triton.{name}" for name in LAUNCHED)},
+    "backends.triton.kernels": {
+        f"backends.triton.{name}"
+        for name in ("arguments", "backward", "forward", "plan", "readable", "reduce", "rows", "targets")
+    },
     "backends.triton.self_check": {
         "backends.reference",
         *(f"backends.triton.{name}" for name in ("arguments", "compare", "plan", "readable", "rows", "targets")),

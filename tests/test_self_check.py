@@ -3,67 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, EVERYTHING, Case, ignore, ramp
+from cases import CASES, EVERYTHING, LAYOUTS, Case, ignore, ramp
 from conftest import Backend
+from first_looks import counted, make_wrong
+from first_looks import looks as looks
 from judge import check, check_grad, expected_grad, expected_of
 
 from fused_ce import __main__ as main
 from fused_ce import cross_entropy
 from fused_ce.backends import dispatch
-from fused_ce.backends.triton import launch, self_check
+from fused_ce.backends.triton import kernels, launch, self_check
 from fused_ce.contract import Upstream
 from fused_ce.options import Options
 
 only_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Under the interpreter too, and nothing is settled yet."""
-    monkeypatch.setattr(self_check, "SETTING", "1")
-    for name, empty in (("PASSED", []), ("UNCOMPARED", []), ("_settled", set()), ("DECLINED", {}), ("_tried", {})):
-        monkeypatch.setattr(self_check, name, empty)
-    self_check._is_wanted.cache_clear()
-    yield
-    self_check._is_wanted.cache_clear()
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that are launched from here on."""
-    launched, launch_all = [], launch._launch
-
-    def noted(kernel: str, *args: Any, **meta: Any) -> None:
-        launched.append(kernel)
-        launch_all(kernel, *args, **meta)
-
-    monkeypatch.setattr(launch, "_launch", noted)
-    return launched
-
-
-def make_wrong(monkeypatch: pytest.MonkeyPatch, broken: str, what: str, factor: float = 1.01) -> None:
-    """After this kernel, what it wrote is off by a factor."""
-    launch_all = launch._launch
-
-    def wrong(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-        launch_all(kernel, grid, *args, **meta)
-        if kernel != broken:
-            return
-        if kernel == "forward":
-            out = args[2]
-            written = {"loss": out.loss, "grad": out.grad.ptr, "lse": out.stats and out.stats.lse}[what]
-        elif kernel == "backward":
-            written = {"grad": args[2].input.ptr, "target": args[2].target.ptr}[what]
-        else:
-            written = args[2] if kernel in ("prepare", "total") else args[3]
-        if written is not None:
-            written.mul_(factor)
-
-    monkeypatch.setattr(launch, "_launch", wrong)
 
 
 CALLS = [
@@ -162,18 +120,27 @@ def test_a_wrong_backward(backend: Backend, what: str, inplace: bool, monkeypatc
 
 
 @only_triton
+@pytest.mark.parametrize("layout", [lambda x: torch.stack([x] * 16, -1)[..., 0], LAYOUTS["padded"]])
+def test_in_place_a_few_rows_lie_as_all_do(backend: Backend, layout: Callable[..., torch.Tensor]) -> None:
+    call = Case("strided", N=6, C=103, layout=layout, options={"inplace": True}).build(backend.device)
+    launch.forward(call, "fused")
+    assert not self_check.DECLINED
+    assert self_check.PASSED
+
+
+@only_triton
 def test_a_wrong_backward_that_has_nothing_to_do_yet(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CALLS[1]
     call = case.build(backend.device)
     loss, grad, saved, _ = launch.forward(call, "fused")
-    launch_all = launch._launch
+    launch_all = kernels.launch
 
     def wrong(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         launch_all(kernel, grid, *args, **meta)
         if kernel == "backward" and float(args[1].loss.ptr) != 1.0:  # where it does not return at once
             args[2].input.ptr.mul_(1.1)
 
-    monkeypatch.setattr(launch, "_launch", wrong)
+    monkeypatch.setattr(kernels, "launch", wrong)
     with pytest.warns(RuntimeWarning, match="variant backward"):
         result = launch.backward(call, grad, saved, Upstream(torch.ones_like(loss)), False, False).input
     check_grad(result, call, expected_of(case)[1])

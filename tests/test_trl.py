@@ -128,11 +128,10 @@ def test_from_hidden_states(softcap: float | None, with_bias: bool) -> None:
         elif mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5 * float(theirs.detach().abs().max()))
     inputs = [t for t in (hidden, W, bias) if t is not None]
-    grads = (torch.autograd.grad(logps[0].sum(), inputs, retain_graph=True) for logps in (found, expected))
-    for mine, theirs in zip(*grads, strict=True):
-        assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
-    with pytest.raises(NotImplementedError, match="entropy from hidden states carries no gradient yet"):
-        found[1].sum().backward()
+    for i in (0, 1):  # of log-probabilities, of entropy
+        grads = (torch.autograd.grad(outputs[i].sum(), inputs, retain_graph=True) for outputs in (found, expected))
+        for mine, theirs in zip(*grads, strict=True):
+            assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
 
 
 def test_what_the_kernels_do_not_give_is_trls() -> None:
@@ -229,15 +228,15 @@ def logs(kind: str, folder: Path, **config: Any) -> list[dict[str, float]]:
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])
-def test_trainers_log_the_same(kind: str, tmp_path: Path) -> None:
-    expected = logs(kind, tmp_path)
+@pytest.mark.parametrize(("kind", "more"), [("SFT", {}), ("DPO", {}), ("GRPO", {}), ("GRPO", {"entropy_coef": 0.1})])
+def test_trainers_log_the_same(kind: str, more: dict[str, float], tmp_path: Path) -> None:
+    expected = logs(kind, tmp_path, **more)
     ours.patch()
     calls = []
     forward = ours.linear_cross_entropy
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ours, "linear_cross_entropy", lambda *a, **k: (calls.append(len(a[0])), forward(*a, **k))[1])
-        found = logs(kind, tmp_path)
+        found = logs(kind, tmp_path, **more)
     assert calls
     for mine, theirs in zip(found, expected, strict=True):
         for name in theirs:
@@ -249,9 +248,3 @@ def test_trainers_log_the_same(kind: str, tmp_path: Path) -> None:
 
 def is_timed(name: str) -> bool:
     return "time" in name or "per_second" in name or "runtime" in name
-
-
-def test_an_entropy_bonus_is_an_error_and_not_nothing(tmp_path: Path) -> None:
-    ours.patch()
-    with pytest.raises(NotImplementedError, match="entropy_coef"):
-        logs("GRPO", tmp_path, entropy_coef=0.1)

@@ -42,12 +42,10 @@ def selective_log_softmax(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:  # (..., V) -> (...)
-    """TRL's helper of this name: the entropy of softmax(logits), in nats; where it wants a gradient, TRL's own."""
+    """TRL's helper of this name: entropies of softmax(logits), in nats; without chunks, whose size has no say."""
     any_ids = logits.new_zeros(logits.shape[:-1], dtype=torch.long)
-    entropy: Tensor = _statistics(logits, any_ids).entropy.reshape(any_ids.shape)
-    if _lacks_gradient(entropy, logits):
-        entropy = _THEIRS["entropy_from_logits"](logits, chunk_size)
-    return entropy
+    entropy: Tensor = _statistics(logits, any_ids).entropy
+    return entropy.reshape(any_ids.shape)
 
 
 def selective_log_softmax_and_entropy(
@@ -57,18 +55,13 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,  # (...)
 ) -> tuple[Tensor, Tensor]:
-    """TRL's helper of this name: both in one pass over the logits; where entropy wants a gradient, that is TRL's own.
+    """TRL's helper of this name: both, and both gradients, in one pass over the logits.
 
     Raises:
         IndexError, ValueError, TypeError: see `fused_ce.token_logprobs`.
     """
     logps, entropy = token_logprobs(logits, index, temperature=temperature, mask=row_mask, return_entropy=True)
-    if not entropy_requires_grad:
-        return logps, entropy.detach()
-    if _lacks_gradient(entropy, logits):
-        entropy = _THEIRS["entropy_from_logits"](logits / temperature)
-        entropy = entropy if row_mask is None else entropy.masked_fill(row_mask == 0, 0.0)
-    return logps, entropy
+    return logps, entropy if entropy_requires_grad else entropy.detach()
 
 
 class ChunkedLogProb:
@@ -88,8 +81,7 @@ class ChunkedLogProb:
     ) -> tuple[Tensor | None, ...]:
         """Log-probabilities; and entropy, log_sum_sq_probs, mean_logits, is_top1 where `outputs` has them; (N,) each.
 
-        What the kernels do not give (log_sum_sq_probs; mean_logits of capped logits) is TRL's. A gradient of entropy is
-        an error in backward, until the kernels give one.
+        What the kernels do not give (log_sum_sq_probs; mean_logits of capped logits) is TRL's.
         """
         softcap = final_logit_softcapping
         if "log_sum_sq_probs" in outputs or ("mean_logits" in outputs and softcap is not None):
@@ -111,11 +103,8 @@ class ChunkedLogProb:
             softcap=None if softcap is None else softcap / temperature,
             return_stats=True,
         )
-        entropy = mean_logits = None
-        if "entropy" in outputs:
-            entropy = out.entropy
-            if _lacks_gradient(entropy, out.loss):
-                entropy = _WithoutGradient.apply(entropy, out.loss)  # type: ignore[no-untyped-call]
+        entropy = out.entropy if "entropy" in outputs else None
+        mean_logits = None
         if "mean_logits" in outputs:
             with torch.no_grad():
                 acc = out.lse.dtype
@@ -123,21 +112,6 @@ class ChunkedLogProb:
                 mean_logits = mean_logits if bias is None else mean_logits + bias.mean(dtype=acc)
                 mean_logits = mean_logits * (logit_scale / temperature)
         return -out.loss, entropy, None, mean_logits, out.correct if "is_top1" in outputs else None
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """Better an error than an entropy bonus that does nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, entropy: Tensor, like: Tensor) -> Tensor:
-        return entropy.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        raise NotImplementedError(
-            "fused_ce's entropy from hidden states carries no gradient yet, and this loss (entropy_coef?) wants one; "
-            "call fused_ce.integrations.trl.unpatch() before training"
-        )
 
 
 def patch() -> None:
@@ -193,11 +167,6 @@ def _statistics(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Any:
         logit_scale=1 / temperature,
         return_stats=True,
     )
-
-
-def _lacks_gradient(entropy: Tensor, source: Tensor) -> bool:
-    """Whether a gradient may be wanted that entropy does not carry."""
-    return torch.is_grad_enabled() and source.requires_grad and not entropy.requires_grad
 
 
 def _every_device(device: torch.device) -> bool:

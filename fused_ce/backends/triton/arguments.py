@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...contract import Stats
+from ...options import Shard
 from .rows import Matrix, Rows
 
 
@@ -20,6 +21,7 @@ class Given(NamedTuple):
     logits: Matrix  # (N, C, d1..dk)
     target: Matrix | Rows  # probabilities, or class indices
     weight: Tensor | None  # (C,)
+    shard: Shard | None  # None: the logits hold all classes
     C: int
     sizes: tuple[int, ...] | None  # of the row dimensions before the last, innermost first
 
@@ -36,20 +38,22 @@ class Shared(NamedTuple):
 class Out(NamedTuple):
     """What a forward pass writes, one value for each row but for the gradient; None: not asked for."""
 
-    loss: Tensor  # (N, d1..dk)
+    loss: Tensor | None  # (N, d1..dk)
     saved: Tensor | None  # (N + 1, 4), see `launch.saved_shape`
     stats: Stats | None
     grad: Matrix  # (N, C, d1..dk), of nothing if none is wanted; may be the logits
+    sums: Tensor | None = None  # (8, N), the `RowSums` of a shard, which then are all that is written
 
 
 class Received(NamedTuple):
     """What backward is given besides the tensors of the call."""
 
-    saved: Tensor  # (N + 1, 4)
+    saved: Tensor | None  # (N + 1, 4)
     norm: Tensor | None  # (2,)
     loss: Rows  # upstream gradients of the loss
     lse: Rows | None  # and of lse
     expected: Tensor | None  # (), the upstream gradient that the gradient is right for already; None: 1
+    sums: Tensor | None = None  # (8, N), of whole rows, in place of what is saved
 
 
 class Grads(NamedTuple):

@@ -1,19 +1,23 @@
-"""The backward kernel: the gradients, from the logits and what forward saved of their rows."""
+"""The backward kernel: the gradients, from the logits and what forward saved of their rows, or sums of whole rows."""
 
 import triton
 import triton.language as tl
 
 from ...contract import RowSums
-from .formula import Options, grad_factors, minus_m
+from .formula import Options, grad_factors, minus_m, put_back
 from .tiles import (
+    ELSEWHERE,
     RowTerms,
     Sink,
     Source,
     accumulator,
+    count_rows,
+    is_float32,
     load_group,
     load_scalar,
     load_y,
     locate,
+    read_sums,
     row_dtype,
     sweep,
     tile_indices,
@@ -50,6 +54,7 @@ def backward(
     inner = inner // ALIGN * ALIGN if logits.inner is None else inner
     options = Options(
         C,
+        C if given.shard is None else given.shard.total,
         tl.full((), e, ACC),
         tl.full((), k, ROW) if TRAITS.SCALED else None,
         tl.full((), s, ROW) if TRAITS.SOFTCAP else None,
@@ -65,14 +70,19 @@ def backward(
         t_at = locate(given.target, given.sizes, group, ALIGN) if TRAITS.PROBS else None
         dt_at = None if grads.target.ptr is None else locate(grads.target, given.sizes, group, ALIGN)
         source = Source(given, x_at, t_at, row_mask if logits.inner is None else group.counted)
-        m = tl.load(saved + rows * 4, mask=row_mask, other=0.0).to(ROW)
-        so = tl.load(saved + rows * 4 + 1, mask=row_mask, other=0.0).to(ROW)
-        q_others = tl.load(saved + rows * 4 + 2, mask=row_mask, other=0.0).to(ROW)
-        if TRAITS.PROBS:
-            y = tl.load(saved + rows * 4 + 3, mask=row_mask, other=1.0).to(tl.int32)
         zero = tl.zeros(r.shape, ROW)
-        z_y, q_y = load_y(source, y, m, options)
-        sums = RowSums(m, so, z_y, q_y, q_others, zero, zero, y)
+        if received.sums is not None:
+            like = RowSums(zero, zero, zero, zero, zero, zero, zero, y)
+            sums = read_sums(received.sums + rows, count_rows(given, inner), like, row_mask)
+            sums = put_back(sums, y == ELSEWHERE, is_float32(logits.ptr.dtype))
+        else:
+            m = tl.load(saved + rows * 4, mask=row_mask, other=0.0).to(ROW)
+            so = tl.load(saved + rows * 4 + 1, mask=row_mask, other=0.0).to(ROW)
+            q_others = tl.load(saved + rows * 4 + 2, mask=row_mask, other=0.0).to(ROW)
+            if TRAITS.PROBS:
+                y = tl.load(saved + rows * 4 + 3, mask=row_mask, other=1.0).to(tl.int32)
+            z_y, q_y = load_y(source, y, m, options)
+            sums = RowSums(m, so, z_y, q_y, q_others, zero, zero, y)
         scale = tl.load(received.loss.ptr + rows * received.loss.step, mask=row_mask, other=0.0).to(ROW) / D
         g_lse = zero
         if received.lse is not None:
@@ -80,5 +90,5 @@ def backward(
         factors = grad_factors(sums, options, scale, ratio, g_lse, ACC)
         if TRAITS.INPLACE:
             tl.debug_barrier()  # no warp may still be reading y's logit
-        terms = RowTerms(y, m, minus_m(sums), factors, (1.0 - options.e) * scale)
+        terms = RowTerms(y, sums.m, minus_m(sums), factors, (1.0 - options.e) * scale)
         sweep(source, Sink(grads, dx_at, dt_at), group, terms, options, lanes, TRAITS.DENSE, TILING)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...contract import Call, Stats, Upstream
+from ...contract import Call, RowSums, Stats, Upstream
 from ...formula import transform
 from .. import reference
 
@@ -72,6 +72,41 @@ class Exact(NamedTuple):
         pairs = {"lse": (got.lse, exact.lse), "z_loss": (got.z_loss, z_loss), "entropy": (got.entropy, exact.entropy)}
         found = (differs(name, mine, its, (1 + its.abs()) * self.relative) for name, (mine, its) in pairs.items())
         return next(filter(None, found), "")
+
+    def sums_differ(self, sums: Tensor, wants_stats: bool) -> str:
+        """Of a shard, (8, R)."""
+        call = self.call._replace(options=self.call.options._replace(return_stats=wants_stats))
+        unsigned = call._replace(weight=None if call.weight is None else call.weight.abs())
+        exact, terms = RowSums(*reference.part(call)), RowSums(*reference.part(unsigned).abs())
+        got = RowSums(*sums[:, self.rows.to(sums.device)].cpu())
+        here = (got.argmax - call.shard.first * self.counts).long()
+        z_here = self.z.gather(1, here.clamp(0, call.classes - 1)[:, None])[:, 0]
+        near = (here >= 0) & (here < call.classes) & (z_here >= exact.m - self.relative * (1 + terms.m))
+        if not bool(torch.where(self.counts & wants_stats, near, got.argmax == -1).all()):
+            return f"argmax {got.argmax.tolist()} instead of {exact.argmax.tolist()}"
+        sizes = terms._replace(
+            m=1 + terms.m, z_y=1 + terms.z_y, q_drop=terms.q_drop + terms.q_others, e_drop=terms.e_drop + terms.so
+        )
+        flushed = 128 * call.classes * torch.finfo(torch.float32).tiny
+        found = (
+            differs(name, mine, its, size.nan_to_num() * self.relative + flushed)
+            for name, mine, its, size in zip(RowSums._fields[:-1], got, exact, sizes, strict=False)
+        )
+        return next(filter(None, found), "")
+
+    def shard_grad_differs(self, grad: Tensor, sums: Tensor) -> str:
+        """`sums`: of whole rows, (8, R)."""
+        kept = RowSums(*sums[:, self.rows.to(sums.device)].cpu())
+        exact = torch.empty_like(self.z)
+        reference.finish(self.call, torch.stack(kept), Upstream(self.g, self.g_lse), exact)
+        a, q = kept.q_y.abs() + kept.q_others.abs(), self.q
+        p = torch.exp(self.z - kept.m[:, None]) / (kept.so + torch.exp(kept.z_y - kept.m))[:, None]
+        terms = self.g[:, None].abs() * (a[:, None] * p + q)
+        if self.g_lse is not None:
+            terms = terms + self.g_lse[:, None].abs() * p
+        terms = terms.nan_to_num() * abs(self.call.options.logit_scale)
+        flushed = self._flushed() * max(1.0, float(a.nan_to_num().max()))
+        return differs("gradient", rows_of(grad, self.rows), exact, terms * self.relative + flushed)
 
     def _forward(self) -> tuple[Tensor, Stats]:
         loss, _, _, stats = reference.forward(self.call, "loss")
@@ -165,7 +200,7 @@ def _candidates(call: Call) -> tuple[Tensor, Tensor]:  # (r,) int64, (r,) bool
     else:
         labels = _of_rows(call.target, rows).long()
         counts = labels != call.options.ignore_index
-        counted, ignored = rows[counts & (labels >= 0) & (labels < call.classes)], rows[~counts][:1]
+        counted, ignored = rows[counts & (labels >= 0) & (labels < call.shard.total)], rows[~counts][:1]
     counted = counted[:: max(1, len(counted) // 8)][:8]
     rows = torch.cat([counted, ignored])
     return rows, torch.arange(len(rows), device="cpu") < len(counted)
@@ -173,9 +208,9 @@ def _candidates(call: Call) -> tuple[Tensor, Tensor]:  # (r,) int64, (r,) bool
 
 def _z_and_q(x: Tensor, t: Tensor, w: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:  # (r, C) each
     """What `formula.py` calls z, and the sizes of its q."""
-    e, C = call.options.smoothing, call.classes
-    q = t.abs() if call.has_probs else (torch.arange(C, device="cpu") == t[:, None]).double()
-    return transform(x, call.options), ((1 - e) * q + e / C) * (1.0 if w is None else w.abs())
+    e, C, (first, total) = call.options.smoothing, call.classes, call.shard
+    q = t.abs() if call.has_probs else (torch.arange(first, first + C, device="cpu") == t[:, None]).double()
+    return transform(x, call.options), ((1 - e) * q + e / total) * (1.0 if w is None else w[first : first + C].abs())
 
 
 def _of_rows(values: Tensor, rows: Tensor) -> Tensor:  # () or R -> (r,) on the CPU

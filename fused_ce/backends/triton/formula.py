@@ -21,7 +21,8 @@ class Options(NamedTuple):
     softcap makes z of float32 logits, which near 30 would be rounded by 1e-6, and a loss is a difference of such z.
     """
 
-    C: Any  # int
+    C: Any  # int, of the logits at hand
+    total: Any  # int, of all shards of the classes
     e: Any
     k: Any  # None: 1
     s: Any  # None: no softcap
@@ -118,18 +119,18 @@ def rescale(part, m, EXACT: tl.constexpr):  # (R, 1) each
 
 
 @triton.jit
-def put_back(part, lower, EXACT: tl.constexpr):  # (R, 1) each
-    """Where the part is the lower one, its y joins the other classes: the row's y is the other part's."""
-    y_drop = finite(part.m) - part.z_y
+def put_back(sums, where, EXACT: tl.constexpr):  # (R, 1) each
+    """y joins the other classes, in these rows: where the row's y is another part's."""
+    y_drop = finite(sums.m) - sums.z_y
     return RowSums(
-        part.m,
-        tl.where(lower, part.so + exp(-y_drop, EXACT), part.so),
-        tl.where(lower, float("-inf"), part.z_y),
-        tl.where(lower, 0.0, part.q_y),
-        tl.where(lower, part.q_others + part.q_y, part.q_others),
-        tl.where(lower, part.q_drop + part.q_y * y_drop, part.q_drop),
-        part.e_drop,
-        part.argmax,
+        sums.m,
+        tl.where(where, sums.so + exp(-y_drop, EXACT), sums.so),
+        tl.where(where, float("-inf"), sums.z_y),
+        tl.where(where, 0.0, sums.q_y),
+        tl.where(where, sums.q_others + sums.q_y, sums.q_others),
+        tl.where(where, sums.q_drop + sums.q_y * y_drop, sums.q_drop),
+        sums.e_drop,
+        sums.argmax,
     )
 
 

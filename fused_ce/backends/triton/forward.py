@@ -11,6 +11,7 @@ from .tiles import (
     Sink,
     Source,
     accumulator,
+    count_rows,
     is_float32,
     load_group,
     load_scalar,
@@ -18,7 +19,9 @@ from .tiles import (
     load_y,
     locate,
     offset,
+    read_sums,
     row_dtype,
+    store_sums,
     store_tile,
     sweep,
     tile_indices,
@@ -57,6 +60,7 @@ def forward(
     inner = inner // ALIGN * ALIGN if logits.inner is None else inner
     options = Options(
         C,
+        C if given.shard is None else given.shard.total,
         tl.full((), e, ACC),
         tl.full((), k, ROW) if TRAITS.SCALED else None,
         tl.full((), s, ROW) if TRAITS.SOFTCAP else None,
@@ -80,14 +84,16 @@ def forward(
         elif TILING.STEP == 1:
             t = tl.program_id(1)
             sums, _ = load_sums(source, t * BLOCK, lanes, group.y, lowest, zero, options, TRAITS, TILING)
-            store_sums(shared.parts, group.number * tl.num_programs(1) + t, sums, group.row_mask)
+            at = shared.parts + (group.number * tl.num_programs(1) + t) * len(sums)
+            store_sums(sums, at, 1, group.row_mask)
         else:
             # A part of no class; its z_y as in `load_sums`.
             sums = RowSums(lowest, zero, finite(lowest), zero, zero, zero, zero, tl.full(r.shape, -1, tl.int32))
             tiles = tl.cdiv(C, BLOCK)
             for t in range(0, tiles):
                 if TILING.STEP == 2:
-                    more = read_sums(shared.parts, group.number * tiles + t, sums, group.row_mask)
+                    at = shared.parts + (group.number * tiles + t) * len(sums)
+                    more = read_sums(at, 1, sums, group.row_mask)
                 else:
                     more, _ = load_sums(source, t * BLOCK, lanes, group.y, lowest, zero, options, TRAITS, TILING)
                 sums = combine(sums, more, TRAITS.PROBS, EXACT)
@@ -95,7 +101,9 @@ def forward(
                 # The row knows its y, so that no tile need look whether it holds it.
                 z_y, q_y = load_y(source, group.y, zero, options)
                 sums = with_y(sums, z_y, q_y)
-        if TILING.STEP != 1:
+        if TILING.STEP != 1 and out.sums is not None:
+            store_part(out.sums + group.number, count_rows(given, inner), group, sums, given.shard.first, TRAITS.STATS)
+        elif TILING.STEP != 1:
             y = group.y
             if TRAITS.PROBS:
                 y = sums.argmax
@@ -199,19 +207,18 @@ def with_y(sums, z_y, q_y):  # (R, 1) each
 
 
 @triton.jit
-def store_sums(parts, at, sums, mask):
-    for i in tl.static_range(len(sums)):
-        tl.store(parts + at * len(sums) + i, sums[i].to(tl.float64), mask=mask)
-
-
-@triton.jit
-def read_sums(parts, at, like, mask):
-    """The RowSums that `store_sums` left at this place, in the dtypes of `like`."""
+def store_part(at, rows, group, sums, first, STATS: tl.constexpr):
+    """Store what `contract.Backend.part` gives of these rows; `rows`: how many there are in all."""
+    e_drop, argmax = tl.zeros_like(sums.so), tl.full(sums.so.shape, -1, tl.int32)
+    if STATS:
+        # Where no class is above -inf, argmax is the first, as in torch.
+        e_drop, argmax = sums.e_drop, tl.where(group.counted, tl.maximum(sums.argmax, 0) + first, -1)
+    part = RowSums(sums.m, sums.so, sums.z_y, sums.q_y, sums.q_others, sums.q_drop, e_drop, argmax)
     numbers = ()
-    for i in tl.static_range(len(like)):
-        value = tl.load(parts + at * len(like) + i, mask=mask, other=0.0)
-        numbers += (value.to(like[i].dtype),)  # type: ignore[assignment]
-    return RowSums(*numbers)  # type: ignore[call-arg]
+    for i in tl.static_range(len(sums) - 1):
+        numbers += (tl.where(group.counted, part[i], 0.0),)  # type: ignore[assignment]
+    numbers += (argmax,)  # type: ignore[assignment]
+    store_sums(RowSums(*numbers), at, rows, group.row_mask)  # type: ignore[call-arg]
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Backend "triton": launches the kernels on CUDA tensors (and, under TRITON_INTERPRET=1, on CPU tensors).
+"""Backend "triton": runs the kernels on CUDA tensors (and, under TRITON_INTERPRET=1, on CPU tensors).
 
 Nothing here waits for the device, but for the first look at a kernel (`self_check`): every number that decides
 something is read by a kernel.
@@ -6,25 +6,24 @@ something is read by a kernel.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...contract import Call, Forward, Gradients, RowSums, Schedule, Stats, Upstream, row_shape
+from ...contract import Call, Forward, Gradients, Schedule, Stats, Upstream, row_shape
 from ...options import FLOATS, Options
 from .. import reference
-from . import self_check
-from .arguments import Given, Grads, Out, Received, Shared
+from . import kernels, self_check
+from .arguments import Grads, Out, Received
 from .plan import Cut, cut
 from .readable import host, number, packed, readable
-from .rows import NOTHING, Matrix, matrices, rows
+from .rows import NOTHING, matrices, rows
+from .shards import finish as finish
+from .shards import part as part
 from .targets import check_targets as check_targets
-from .targets import flag
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 CHUNK = 32768  # rows one program sums; more rows take a second launch
@@ -59,7 +58,7 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"input must be (N, C, d1..dk) or (C), got {tuple(input.shape)}, target {tuple(target.shape)}")
     elif call.classes == 0:
         reasons.append("input has no classes")
-    elif weight is not None and (weight.dtype not in FLOATS or weight.shape != (call.classes,)):
+    elif weight is not None and (weight.dtype not in FLOATS or weight.shape != (call.shard.total,)):
         reasons.append(f"weight must be (C) and floating, got {tuple(weight.shape)} of {weight.dtype}")
     return reasons
 
@@ -100,32 +99,7 @@ def _forward(call: Call, schedule: Schedule, like: Cut | None) -> tuple[Forward,
         elif variant := self_check.unsettled("forward", call, plan, views, schedule):
             if not self_check.forward_is_right(variant, call, schedule, lambda few: _forward(few, schedule, plan)):
                 return self_check.forward_by_torch(call, schedule, saved), loss
-        parts: Tensor | None = None
-        grids: dict[int, tuple[int, ...]] = {0: (plan.programs,)}
-        if plan.shares:
-            # Few rows: one program a tile, and then one to join the tiles' sums in the same order as ever.
-            tiles = -(-call.classes // plan.tiling.BLOCK)
-            parts = loss.new_empty((plan.groups, tiles, len(RowSums._fields)), dtype=torch.float64)
-            grids = {1: (plan.groups, tiles), 2: (plan.groups, tiles if fused else 1)}
-        for step, grid in grids.items():
-            _launch(
-                "forward",
-                grid,
-                _given(call, sizes, views),
-                Shared(
-                    norm,
-                    number(options.grad_scale, dtype, input.device),
-                    None if call.has_probs else flag(input.device),
-                    parts,
-                ),
-                Out(loss, saved, stats, views[2] or NOTHING),
-                plan.groups,
-                sizes[-1],
-                *_scalars(options),
-                TRAITS=plan.traits,
-                TILING=plan.tiling._replace(STEP=step),
-                **plan.settings,
-            )
+        kernels.run_forward(call, plan, sizes, views, norm, Out(loss, saved, stats, views[2] or NOTHING))
     losses = loss
     if not none:
         loss = _total(loss.view(-1), norm, loss.new_empty((), dtype=dtype))
@@ -175,28 +149,14 @@ def _backward(
 
             if not self_check.backward_is_right(variant, call, spare, saved, upstream, wants_target, run):
                 return self_check.backward_by_torch(call, grad, upstream, keep, wants_target)
-        programs = min(plan.groups, 2048)
-        # In place, a row is one program's: another might overwrite x_y before it is read.
-        pieces = 1 if options.inplace else min(-(-call.classes // plan.tiling.BLOCK), 2048 // programs)
-        _launch(
-            "backward",
-            (programs, pieces),
-            _given(call, sizes, views),
-            Received(
-                saved,
-                saved[-1, :2] if options.reduction == "mean" else None,
-                rows(upstream.loss),
-                None if upstream.lse is None else rows(upstream.lse),
-                number(options.grad_scale, upstream.loss.dtype, input.device),
-            ),
-            Grads(views[2] or NOTHING, views[3] or NOTHING),
-            plan.groups,
-            sizes[-1],
-            *_scalars(options),
-            TRAITS=plan.traits,
-            TILING=plan.tiling,
-            **plan.settings,
+        received = Received(
+            saved,
+            saved[-1, :2] if options.reduction == "mean" else None,
+            rows(upstream.loss),
+            None if upstream.lse is None else rows(upstream.lse),
+            number(options.grad_scale, upstream.loss.dtype, input.device),
         )
+        kernels.run_backward(call, plan, sizes, views, received, Grads(views[2] or NOTHING, views[3] or NOTHING))
     return Gradients(dx, dt)
 
 
@@ -222,7 +182,7 @@ def _rescale(grad: Tensor, upstream: Tensor, expected: Tensor | None, keep: bool
     if n:
         programs = min(-(-n // 4096), 2048)
         meta = {"IN_PLACE": not keep, "BLOCK": 4096, "num_warps": 8}
-        _launch("rescale_grad", (programs,), grad, upstream, expected, out, n, **meta)
+        kernels.launch("rescale_grad", (programs,), grad, upstream, expected, out, n, **meta)
     return out
 
 
@@ -236,7 +196,7 @@ def _norm(call: Call, saved: Tensor | None) -> Tensor | None:
         N, chunks = target.numel(), _chunks(target.numel())
         parts = norm if chunks == 1 else norm.new_empty((chunks, 2))
         labels, ignore_index = rows(target), options.ignore_index
-        _launch("prepare", (chunks,), labels, packed(weight), parts, N, call.classes, ignore_index, **SUMS)
+        kernels.launch("prepare", (chunks,), labels, packed(weight), parts, N, call.classes, ignore_index, **SUMS)
         return norm if chunks == 1 else _total(parts, None, norm)
     norm[:] = math.prod(call.row_shape) if options.num_items is None else host(options.num_items)
     return norm
@@ -247,53 +207,11 @@ def _total(terms: Tensor, norm: Tensor | None, out: Tensor) -> Tensor:  # (N,) -
     columns = math.prod(terms.shape[1:])
     if len(terms) > CHUNK:
         parts = terms.new_empty((_chunks(len(terms)), *terms.shape[1:]), dtype=torch.float64)
-        _launch("total", (len(parts), columns), terms, None, parts, len(terms), **SUMS)
+        kernels.launch("total", (len(parts), columns), terms, None, parts, len(terms), **SUMS)
         terms = parts
-    _launch("total", (1, columns), terms, norm, out, len(terms), **(SUMS | {"CHUNK": 1 << 30}))
+    kernels.launch("total", (1, columns), terms, norm, out, len(terms), **(SUMS | {"CHUNK": 1 << 30}))
     return out
-
-
-def _given(call: Call, sizes: list[int], views: list[Matrix | None]) -> Given:
-    logits, probs, *_ = views
-    assert logits is not None
-    outer = tuple(sizes[-2::-1]) or None
-    return Given(logits, probs or rows(call.target), packed(call.weight), call.classes, outer)
-
-
-def _scalars(options: Options) -> tuple[Any, ...]:
-    s = 1.0 if options.softcap is None else options.softcap
-    return options.ignore_index, options.smoothing, options.logit_scale, s, options.lse_square_scale
 
 
 def _chunks(n: int) -> int:
     return max(1, -(-n // CHUNK))
-
-
-def _launch(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    first = args[0].logits if isinstance(args[0], Given) else args[0]
-    with torch.cuda.device_of(getattr(first, "ptr", first)):  # type: ignore[no-untyped-call]  # triton launches there
-        _kernels()[kernel][grid](*args, **meta, enable_fp_fusion=True)
-
-
-@functools.cache
-def _kernels() -> dict[str, Any]:
-    from .backward import backward  # here, because triton is optional and slow to import
-    from .forward import forward
-    from .reduce import prepare, rescale_grad, total
-
-    kernels = (forward, backward, prepare, total, rescale_grad)
-    return {kernel.__name__: kernel for kernel in kernels}
-
-
-def part(call: Call) -> Tensor:
-    """See `contract.Backend`."""
-    from .. import reference
-
-    return reference.part(call)
-
-
-def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
-    """See `contract.Backend`."""
-    from .. import reference
-
-    reference.finish(call, sums, upstream, into)

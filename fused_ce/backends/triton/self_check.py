@@ -110,7 +110,7 @@ def forward_is_right(
 
     def findings() -> Iterator[str | None]:
         few = _few(call)
-        result, losses = run(few._replace(input=few.input.clone()) if call.options.inplace else few)
+        result, losses = run(few._replace(input=_copied(few.input)) if call.options.inplace else few)
         g = number(call.options.grad_scale, call.options.dtype or call.input.dtype, torch.device("cpu"))
         exact = sample(few, divisors_of(few), torch.ones((), device="cpu") if g is None else g, None)
         if exact is None:
@@ -142,7 +142,7 @@ def backward_is_right(
         loss, lse = upstream.loss, None if upstream.lse is None else _first(upstream.lse, call)
         # Where the upstream gradient is the expected one, the kernel would leave the gradient as it is.
         few_upstream = Upstream(_first(loss, call) if grad is None else loss * 0.5, lse)
-        few_call = few._replace(input=few.input.clone()) if call.options.inplace else few
+        few_call = few._replace(input=_copied(few.input)) if call.options.inplace else few
         few_saved = torch.cat([saved[: few.row_shape.numel()], saved[-1:]])
         result = run(few_call, None if grad is None else _first(grad, call).clone(), few_saved, few_upstream)
         D, count = saved[-1, :2].tolist() if call.options.reduction == "mean" else (1.0, 1.0)
@@ -154,6 +154,40 @@ def backward_is_right(
         if wants_target:
             assert result.target is not None
             yield exact.target_grad_differs(result.target)
+
+    return _judge(variant, findings)
+
+
+def part_is_right(variant: Variant, call: Call, run: Callable[[Call], Tensor]) -> bool:
+    """`run` gives the sums of a shard, by this variant."""
+
+    def findings() -> Iterator[str | None]:
+        few = _few(call)
+        sums, exact = run(few), sample(few, (1.0, 1.0), torch.ones((), device="cpu"), None)
+        yield None if exact is None else exact.sums_differ(sums, call.options.return_stats)
+
+    return _judge(variant, findings)
+
+
+def finish_is_right(
+    variant: Variant,
+    call: Call,
+    sums: Tensor,
+    upstream: Upstream,
+    into: Tensor,
+    run: Callable[[Call, Tensor, Upstream, Tensor], None],
+) -> bool:
+    """`run` writes the gradient of a shard from the sums of whole rows and the upstream gradients of rows."""
+
+    def findings() -> Iterator[str | None]:
+        few = _few(call)
+        R = few.rows
+        g, g_lse = (t if t is None or t.dim() == 0 else t.reshape(-1)[:R] for t in (upstream.loss, upstream.lse))
+        assert g is not None
+        few_sums, few_upstream, grad = sums[:, :R].contiguous(), Upstream(g, g_lse), _copied(_first(into, call))
+        run(few, few_sums, few_upstream, grad)
+        exact = sample(few, (1.0, 1.0), *few_upstream)
+        yield None if exact is None else exact.shard_grad_differs(grad, few_sums)
 
     return _judge(variant, findings)
 
@@ -190,6 +224,11 @@ def _first(tensor: Tensor, call: Call) -> Tensor:
     if call.input.dim() == 1 or tensor.dim() == 0:
         return tensor
     return tensor[: 4 if call.input.dim() == 2 else 2]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """With the same strides, by which a kernel's variant goes."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _judge(variant: Variant, findings: Callable[[], Iterator[str | None]]) -> bool:

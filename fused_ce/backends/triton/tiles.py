@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...contract import RowSums
 from .formula import finite, row_grad, target_grad, transform
 from .math import exp_minus
+
+ELSEWHERE = tl.constexpr(-2)  # y of a row whose target another shard of the classes holds
 
 
 class RowGroup(NamedTuple):
@@ -17,7 +20,7 @@ class RowGroup(NamedTuple):
     row_mask: Any  # which rows exist
     number: Any  # of the row among all
     counted: Any  # which rows are not ignored
-    y: Any  # the target; -1 for a class that does not exist, and where the target holds probabilities
+    y: Any  # the target, from the first class here; ELSEWHERE; -1 if no such class exists, and under probabilities
 
 
 class Source(NamedTuple):
@@ -128,13 +131,44 @@ def load_group(p, r, given, C, inner, ignore_index, bad, PROBS: tl.constexpr):
     if PROBS:
         counted, y = row_mask, tl.full(r.shape, -1, tl.int32)
     else:
-        counted, y = load_target(given.target, number, row_mask, C, ignore_index, bad)
+        total = C if given.shard is None else given.shard.total
+        counted, y = load_target(given.target, number, row_mask, total, ignore_index, bad)
+        if given.shard is not None:
+            here = y - given.shard.first
+            y = tl.where(y < 0, y, tl.where((here >= 0) & (here < C), here, ELSEWHERE))
     return RowGroup(o, i, row_mask, number, counted, y)
 
 
 @triton.jit
+def count_rows(given, inner):
+    """How many rows there are in all."""
+    count = inner.to(tl.int64)
+    if given.sizes is not None:
+        for d in tl.static_range(len(given.sizes)):
+            count *= given.sizes[d]
+    return count
+
+
+@triton.jit
+def store_sums(sums, at, step, mask):
+    """The RowSums, `step` float64 from one field to the next."""
+    for i in tl.static_range(len(sums)):
+        tl.store(at + i * step, sums[i].to(tl.float64), mask=mask)
+
+
+@triton.jit
+def read_sums(at, step, like, mask):
+    """The RowSums that `store_sums` left at this place, in the dtypes of `like`."""
+    numbers = ()
+    for i in tl.static_range(len(like)):
+        value = tl.load(at + i * step, mask=mask, other=0.0)
+        numbers += (value.to(like[i].dtype),)  # type: ignore[assignment]
+    return RowSums(*numbers)  # type: ignore[call-arg]
+
+
+@triton.jit
 def load_y(source, y, z_y, options):  # (R, 1) each
-    """z_y, unless it is known, and q_y. Class -1 is never read: its z_y is NaN."""
+    """z_y, unless it is known, and q_y; -inf and 0 from another shard. Class -1 is never read: its z_y is NaN."""
     logits, target = source.given.logits, source.given.target
     ACC: tl.constexpr = accumulator(logits.ptr.dtype)
     exists = source.read & (y >= 0)
@@ -144,9 +178,11 @@ def load_y(source, y, z_y, options):  # (R, 1) each
         t_y = tl.full(y.shape, 1.0, ACC)
         x_y = tl.load(logits.ptr + source.x_at + offset(y, logits.col, 1), mask=exists, other=float("nan")).to(ACC)
         z_y = transform(x_y, options)
-    q_y = (1.0 - options.e) * t_y + options.e / options.C
+    q_y = (1.0 - options.e) * t_y + options.e / options.total
     if source.given.weight is not None:
         q_y *= tl.load(source.given.weight + y, mask=exists, other=1.0).to(ACC)
+    if source.given.shard is not None:
+        z_y, q_y = tl.where(y == ELSEWHERE, float("-inf"), z_y), tl.where(y == ELSEWHERE, 0.0, q_y)
     return z_y, q_y
 
 
@@ -175,7 +211,7 @@ def load_tile(
         t_at = source.t_at + offset(cols, target.col, ALIGN)
         q = tl.load(target.ptr + t_at, mask=mask, other=0.0, eviction_policy=KEEP).to(ACC)
     if DENSE:
-        q = (1.0 - options.e) * q + options.e / options.C
+        q = (1.0 - options.e) * q + options.e / options.total
         if weight is not None:
             w = tl.load(weight + cols) if col_mask is None else tl.load(weight + cols, mask=col_mask, other=0.0)
             q *= w.to(ACC)
