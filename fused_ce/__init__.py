@@ -10,7 +10,7 @@ from .missing import warn as _warn
 from .module import CrossEntropyLoss
 from .patching import is_patched, left_out, patch, patched, unpatch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
