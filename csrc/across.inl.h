@@ -65,6 +65,8 @@ template <class F, bool MANY> struct RowGroup {
     }
   }
 
+  INLINE bool has_entropy() const { return MANY && of->g_entropy; }
+  INLINE bool wants_stats() const { return MANY ? of->wants_stats : of->stats != nullptr; }  // one flag fewer: 3 %
   INLINE int64_t start_of_chunk() const { return MANY ? part.begin : 0; }
   INLINE int64_t count() const { return MANY ? part.end - part.begin : of->C; }
 
@@ -183,7 +185,7 @@ template <class F, bool MANY> struct RowGroup {
     if (call.weight && !call.probs)
       sums.q_y += A(1 - call.options.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
     else sums.q_y += own_q<A>(call, 0);
-    if (call.wants_stats) sums.e_drop = this->sums.e_drop * minus_m.unit;
+    if (wants_stats()) sums.e_drop = this->sums.e_drop * minus_m.unit;
     const RowTerms<V, A> row(sums, m.high + m.low, F::DENSE && call.probs);
     if (call.loss) {
       const V loss = labels.counted ? row_loss(row, call) : V{};
@@ -195,17 +197,16 @@ template <class F, bool MANY> struct RowGroup {
     if (!call.grad.data && !call.d_target.data) return;
     V of_lse = {}, of_entropy = {};
     if (call.g_lse) of_lse = load_first(static_cast<const A*>(call.g_lse) + part.first, part.n);
-    if (call.g_entropy) of_entropy = load_first(static_cast<const A*>(call.g_entropy) + part.first, part.n);
-    const GradFactors<V, A> factors(row, call, scales.scale, of_lse, of_entropy);
+    if (has_entropy()) of_entropy = load_first(static_cast<const A*>(call.g_entropy) + part.first, part.n);
+    const GradFactors<V, A> factors(row, call, scales.scale, of_lse, has_entropy(), of_entropy);
     const bool capped = F::CHANGED && call.options.softcap > 0;
     const V k = capped ? splat(A(1)) : splat(A(call.options.logit_scale));
     p_scale = k * factors.p_scale * minus_m.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
-    h_scale = k * factors.h_scale * minus_m.unit, lse_m = row.lse_m;
+    lse_m = row.lse_m, h_scale = has_entropy() ? k * factors.h_scale * minus_m.unit : V{};
   }
 
   template <bool KEPT> INLINE void write_grad(const Call& call) const {
     const bool capped = F::CHANGED && call.options.softcap > 0;
-    const bool of_entropy = !KEPT && call.g_entropy;  // which takes z, not its exponential alone
     const V p_scale = this->p_scale, scale = this->scale, dz_y = this->dz_y, h_scale = this->h_scale;
     const Pair<V> m = this->m;
     const V *const z = this->z, *const q = this->q();
@@ -216,7 +217,7 @@ template <class F, bool MANY> struct RowGroup {
           V e_c = KEPT ? z[i] : minus_m.exp(z_of(i), F::CHANGED), q_c = {};
           if constexpr (F::DENSE) q_c = q[i];
           V dx_c = row_grad<F>(
-              e_c, q_c, p_scale, scale, h_scale, of_entropy, [&]() LAMBDA { return -minus<F>(z_of(i), m); }, false,
+              e_c, q_c, p_scale, scale, h_scale, has_entropy(), [&]() LAMBDA { return -minus<F>(z_of(i), m); }, false,
               [] { return V{}; });
           dx_c = y == Index(i) ? dz_y : dx_c;
           if (capped) dx_c *= dz_dx()[i];
@@ -236,16 +237,15 @@ template <class F, bool MANY> struct RowGroup {
 
   // Another layout's backward may read them: logits that went through a saved-tensor hook come back contiguous.
   INLINE void save(const RowSums<V>& sums) const {
-    A high[F::lanes], low[F::lanes], so[F::lanes], q_others[F::lanes], e_drop[F::lanes];
+    A high[F::lanes], low[F::lanes], so[F::lanes], q_others[F::lanes];
     Index y[F::lanes];
     store(high, m.high), store(low, m.low), store(so, sums.so), store(q_others, sums.q_others), write(y, labels.y);
-    store(e_drop, sums.e_drop);
     for (int i = 0; i < part.n; i++) {
       const int64_t row = part.first + i;
       of->column(SAVED_M)[row] = double(high[i]) + double(low[i]);
       of->column(SAVED_SO)[row] = so[i], of->column(SAVED_Q_OTHERS)[row] = q_others[i];
       if (of->probs) of->column(SAVED_Y)[row] = double(y[i]);
-      if (of->wants_stats) of->e_drop_column()[row] = e_drop[i];
+      if (of->wants_stats) of->e_drop_column()[row] = double(sums.e_drop[i]);
     }
   }
 
@@ -268,7 +268,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
   TYPES(F);
   const Scales<F> of_call = Scales<F>::of_call(call);
   const int64_t room = 4 * RowGroup<F, MANY>::room(call);
-  const int most = across_groups(call);
+  const int most = MANY ? 1 : across_groups(call);
   RowGroup<F, MANY> groups[MANY ? 1 : MOST_GROUPS];
   Part part;
   call.dims.find(begin, part.place);
@@ -287,7 +287,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
         if (call.stats) groups[g].find_largest(best);
       });
       groups[g].minus_m = MinusLanes<A>(groups[g].m, groups[g].scales.powers);
-      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(call.wants_stats); });
+      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(groups[g].wants_stats()); });
     }
     for (int g = 0; g < count; g++) groups[g].end_sums(call);
     if (!call.grad.data && !call.d_target.data) continue;

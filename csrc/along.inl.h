@@ -255,7 +255,7 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     if (call.stats && first)
       call.stats[i] = row_stats(terms.lse, row_entropy(terms), call.options.lse_square_scale, top);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);
-    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0,
+    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0, g_entropy,
                                               g_entropy ? double(g_entropy[i]) : 0.0);
     my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
       if (call.d_target.data) block_target_grad<F>(row, terms, scale, call, from, to);

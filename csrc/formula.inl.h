@@ -157,7 +157,8 @@ template <class N, class A> INLINE N mean_drop(const RowTerms<N, A>& row) {
 template <class N, class A> struct GradFactors {
   N p_scale, scale, dz_y, h_scale;
 
-  INLINE GradFactors(const RowTerms<N, A>& row, const Call& call, N scale, N g_lse, N g_entropy) : scale(scale) {
+  INLINE GradFactors(const RowTerms<N, A>& row, const Call& call, N scale, N g_lse, bool of_entropy, N g_entropy)
+      : scale(scale) {
     const RowSums<N>& sums = row.sums;
     const A L = A(call.options.lse_square_scale * call.ratio);
     const N inverse = 1 / (sums.so + row.e_y);
@@ -166,7 +167,7 @@ template <class N, class A> struct GradFactors {
     p_scale = (others + scale * sums.q_y) * inverse;
     dz_y = others * (row.e_y * inverse) - scale * sums.q_y * (sums.so * inverse);
     h_scale = N{};
-    if (!call.g_entropy) return;
+    if (!of_entropy) return;
     h_scale = g_entropy * inverse;
     const N mean = mean_drop(row);
     p_scale -= h_scale * mean;

@@ -2,6 +2,17 @@
 // are made from is a few numbers in double: they take the functions that along.inl.h takes.
 // Included inside a namespace, once for each instruction set: nothing may be #included here.
 
+// Counted from the shard's first class; -1 of another shard, asked before a label is cut to an index of fewer bits.
+template <class F> INLINE Labels<F> shard_labels(const Call& call, const Part& part) {
+  Labels<F> labels;
+  for (int i = 0; i < part.n; i++) {
+    const int64_t label = call.target_at(call.dims.offset(call.target, part.first + i)), y = label - call.first;
+    labels.counted[i] = label == call.options.ignore_index ? 0 : -1;
+    labels.y[i] = labels.counted[i] == 0 ? 0 : y >= 0 && y < call.C ? y : -1;
+  }
+  return labels;
+}
+
 template <class F> INLINE void part_sums(RowGroup<F, true>& group, const Call& call) {
   TYPES(F);
   const bool wants_stats = call.wants_stats;
@@ -48,7 +59,7 @@ template <class F> INLINE void finish_grad(RowGroup<F, true>& group, const Call&
     if (group.labels.y[i] < 0) sums = put_back(sums);
     const RowTerms<double, double> terms(sums);
     const double scale = call.scale * (upstream ? double(upstream[row]) : 1.0);
-    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[row]) : 0.0,
+    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[row]) : 0.0, g_entropy,
                                               g_entropy ? double(g_entropy[row]) : 0.0);
     group.m.high[i] = A(sums.m), group.m.low[i] = A(sums.m - double(A(sums.m)));
     p_scale[i] = A(k * factors.p_scale), h_scale[i] = A(k * factors.h_scale), largest[i] = A(k * factors.largest());
@@ -69,6 +80,7 @@ template <class F> void across_shard(const Call& call, int64_t begin, int64_t en
   for (part.first = begin; part.first < end; part.first += F::lanes) {
     part.n = end - part.first < F::lanes ? int(end - part.first) : F::lanes;
     group.start(call, part, static_cast<V*>(scratch));
+    group.labels = shard_labels<F>(call, part);
     if (call.is_part()) part_sums(group, call);
     else finish_grad(group, call);
     call.dims.advance(part.place, part.first, F::lanes);

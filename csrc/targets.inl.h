@@ -28,15 +28,14 @@ template <class F> INLINE Labels<F> load_labels(const Call& call, const Part& pa
   typedef decltype(I{}[0] + 0) Index;
   const View& target = call.target;
   const int64_t ignored = call.options.ignore_index;
-  if (target.dtype == DType::int64 && !call.sums && part.n == F::lanes && call.dims.in_line(part.place, part.n) &&
+  if (target.dtype == DType::int64 && part.n == F::lanes && call.dims.in_line(part.place, part.n) &&
       target.strides[call.dims.rank - 1] == 1)
     return narrow_labels<F>(static_cast<const int64_t*>(target.data) + call.dims.offset(target, part.place), ignored);
   Index labels[F::lanes] = {}, counts[F::lanes] = {};
   for (int i = 0; i < part.n; i++) {
     const int64_t label = call.target_at(call.dims.offset(target, part.first + i));
     counts[i] = label == ignored ? 0 : -1;
-    const bool held = uint64_t(label - call.first) < uint64_t(call.C);
-    labels[i] = counts[i] & (held ? Index(label - call.first) : -1);  // asked first: an Index may be narrower
+    labels[i] = Index(label) & counts[i];
   }
   return {read<I>(labels), read<I>(counts)};
 }

@@ -163,7 +163,7 @@ CPP = [
     ("csrc/simd/math.inl.h", "low_part = (lost + digit) - digit", "low_part = lost", "tests/test_options_accuracy.py"),
     ("csrc/simd/convert.inl.h", "return before < n ? before : n;", "return 0;", "tests/test_cpu.py -k streamed"),
     # Shards of the classes
-    ("csrc/targets.inl.h", "held ? Index(label - call.first) : -1", "Index(label - call.first)", "tests/test_parts.py -k far"),
+    ("csrc/shard.inl.h", "y >= 0 && y < call.C ? y : -1;", "y;", "tests/test_parts.py -k far"),
     ("csrc/targets.inl.h", "splat(A(e / double(call.total)))", "splat(A(e / double(call.C)))", "tests/test_parts.py -k cpu"),
     ("csrc/formula.inl.h", "A(e / double(call.total)), share", "A(e / double(call.C)), share", "tests/test_parts.py -k cpu"),
     ("csrc/cross_entropy.cpp", "uint64_t(call.total);", "uint64_t(call.C);", "tests/test_parts.py -k cpu"),
