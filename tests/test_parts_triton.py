@@ -201,6 +201,16 @@ def test_one_upstream_gradient_for_all_rows(backend: Backend) -> None:
 
 
 @backends
+def test_the_gradient_of_the_entropy_is_by_torch(backend: Backend) -> None:
+    (_, call) = shards(Case("entropy", N=5, C=21, options={"return_stats": True}).build(backend.device), (0, 9, 21))
+    sums, g = launch.part(call), torch.rand(3, 5, device=backend.device).double()
+    results = [torch.empty_like(call.input) for _ in range(2)]
+    for module, into in zip((launch, reference), results, strict=True):
+        module.finish(call, sums, Upstream(*g), into)
+    assert torch.equal(bits(results[0]), bits(results[1]))
+
+
+@backends
 @pytest.mark.parametrize("bad", [21, 22, -1, 1 << 40, (1 << 32) + 3])
 def test_targets_outside_of_all_classes(backend: Backend, bad: int) -> None:
     call = Case("bad", N=4, C=21, target=always(20, bad, -100, 3)).build(backend.device)
