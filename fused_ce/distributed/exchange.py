@@ -95,7 +95,7 @@ def _reduced(part: RowSums, numbers: Tensor, rows: Rows, ranks: Ranks) -> RowSum
     _check(told)
     first, held = rows.call.shard.first, rows.call.classes
     mine = rescale(part._replace(q_others=rows.q_others(first, held)), whole)
-    # A sum of which all but one are 0: a maximum could not tell a target of -inf from none. NaN: a bad target, on a GPU.
+    # A sum of which all but one are 0: a maximum could not tell a target of -inf from none. (NaN: a bad one, on a GPU.)
     z_y = torch.where((first <= rows.y) & (rows.y < first + held) | part.z_y.isnan(), part.z_y, 0)
     sums = _reduce(torch.stack([mine.so, z_y, mine.q_drop, mine.e_drop]), ranks)
     argmax = part.argmax
