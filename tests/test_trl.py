@@ -128,10 +128,11 @@ def test_from_hidden_states(softcap: float | None, with_bias: bool) -> None:
         elif mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5 * float(theirs.detach().abs().max()))
     inputs = [t for t in (hidden, W, bias) if t is not None]
-    for i in (0, 1):  # of log-probabilities, of entropy
+    # Of log-probabilities, of entropy: there TRL's are 1e-5 from float64, and ours 1e-6.
+    for i, near in ((0, 1e-5), (1, 3e-5)):
         grads = (torch.autograd.grad(outputs[i].sum(), inputs, retain_graph=True) for outputs in (found, expected))
         for mine, theirs in zip(*grads, strict=True):
-            assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
+            assert float((mine - theirs).norm() / theirs.norm()) < near
 
 
 def test_what_the_kernels_do_not_give_is_trls() -> None:
