@@ -66,7 +66,7 @@ template <class F, bool MANY> struct RowGroup {
   }
 
   INLINE bool has_entropy() const { return MANY && of->g_entropy; }
-  INLINE bool wants_stats() const { return MANY ? of->wants_stats : of->stats != nullptr; }  // one flag fewer: 3 %
+  static INLINE bool wants_stats(const Call& call) { return MANY ? call.wants_stats : !!call.stats; }  // a flag: 3 %
   INLINE int64_t start_of_chunk() const { return MANY ? part.begin : 0; }
   INLINE int64_t count() const { return MANY ? part.end - part.begin : of->C; }
 
@@ -185,7 +185,7 @@ template <class F, bool MANY> struct RowGroup {
     if (call.weight && !call.probs)
       sums.q_y += A(1 - call.options.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
     else sums.q_y += own_q<A>(call, 0);
-    if (wants_stats()) sums.e_drop = this->sums.e_drop * minus_m.unit;
+    if (wants_stats(call)) sums.e_drop = this->sums.e_drop * minus_m.unit;
     const RowTerms<V, A> row(sums, m.high + m.low, F::DENSE && call.probs);
     if (call.loss) {
       const V loss = labels.counted ? row_loss(row, call) : V{};
@@ -287,7 +287,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
         if (call.stats) groups[g].find_largest(best);
       });
       groups[g].minus_m = MinusLanes<A>(groups[g].m, groups[g].scales.powers);
-      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(groups[g].wants_stats()); });
+      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(groups[g].wants_stats(call)); });
     }
     for (int g = 0; g < count; g++) groups[g].end_sums(call);
     if (!call.grad.data && !call.d_target.data) continue;
