@@ -1,8 +1,8 @@
 """README and docs/: every block of Python runs, every link leads somewhere, and the site builds without a warning.
 
-The blocks of a page run in order and share their names, as a reader would type them. A comment that no renderer shows,
-`<!-- before: code -->` in the line above a block, makes what the reader is said to have. A block whose package is not
-installed is left out, and the test is then a skip that says so.
+The blocks of a page run in order in one process and share their names, as a reader would type them. A comment that no
+renderer shows, `<!-- before: code -->` in the line above a block, makes what the reader is said to have. A block whose
+package is not installed is left out, and the test is then a skip that says so.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,35 +55,37 @@ def anchors(page: Path) -> set[str]:
     return made | {name for pair in given for name in pair}
 
 
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[str]:
-    """torch.distributed in one process, by the time it is asked for; nothing of it is left."""
-    yield f"file://{tmp_path}/ranks"
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def run(page: Path) -> None:
+    """The page's blocks, in this process, which they may patch or join to a group; prints what was left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        torch.manual_seed(0)
+        # `alone`: where torch.distributed can meet itself, for a group of one rank.
+        names: dict[str, Any] = {"__name__": "page", "alone": f"file://{folder}/ranks"}
+        for block in blocks(page):
+            # The line of an error is that of the page.
+            code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(block.before, names)
+                    exec(code, names)
+            except ModuleNotFoundError as error:
+                if str(error.name).startswith("fused_ce"):
+                    raise
+                print(f"line {block.line} needs {error.name}")
+        os.chdir(ROOT)
 
 
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page) and page.name not in RUN_ELSEWHERE], ids=lambda page: page.name
 )
-def test_blocks_run(page: Path, alone: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": "page", "alone": alone}
-    missing = []
-    for block in blocks(page):
-        # The line of an error is that of the page.
-        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec(block.before, names)
-                exec(code, names)
-        except ModuleNotFoundError as error:
-            if str(error.name).startswith("fused_ce"):
-                raise
-            missing.append(f"line {block.line} needs {error.name}")
-    if missing:
-        pytest.skip(", ".join(missing))
+def test_blocks_run(page: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(page)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    if result.stdout:
+        pytest.skip(", ".join(result.stdout.splitlines()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -120,3 +123,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         )
         assert not fetched, page
         assert 'class="arithmatex"' not in text, page
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
