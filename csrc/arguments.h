@@ -1,19 +1,9 @@
 // What Python hands over, checked, as a Call: tensors, numbers, the tuple of options.
 #pragma once
-#include <pybind11/pybind11.h>
-
-#include <string>
-
 #include "cross_entropy.h"
+#include "python.h"
 
 namespace fused_ce::arguments {
-
-[[noreturn]] void refuse(const std::string& message);  // throws a ValueError
-
-// Of a tuple. Python's own functions: pybind11's casts, a dozen a call, would take longer than a small kernel.
-PyObject* item(PyObject* fields, Py_ssize_t i);
-int64_t number(PyObject* from);
-double real(PyObject* from);
 
 // Of options.Options.
 Reduction reduction_of(PyObject* options);

@@ -1,17 +1,14 @@
 // What Python calls: releases the GIL, raises for a bad target, hands tensors of the pool over.
-#include <pybind11/pybind11.h>
-
-#include <string>
-
 #include "arguments.h"
 #include "dispatch.h"
 #include "dlpack.h"
 #include "memory.h"
+#include "python.h"
 #include "tensors.h"
 
-namespace py = pybind11;
 using namespace fused_ce;
 using namespace fused_ce::arguments;
+using namespace fused_ce::python;
 
 namespace {
 
@@ -25,24 +22,23 @@ template <class Work> PyObject* run(const Call& call, PyObject* threads, Work wo
   if (call.rows * call.C < KEEP_GIL) {
     refusal = work(int(count));
   } else {
-    py::gil_scoped_release release;
+    const WithoutGil others;
     refusal = work(int(count));
   }
-  if (refusal.bad) throw py::index_error("Target " + std::to_string(refusal.target) + " is out of bounds.");
+  if (refusal.bad) raise(PyExc_IndexError, "Target " + std::to_string(refusal.target) + " is out of bounds.");
   Py_RETURN_NONE;
 }
 
-// As Python calls functions of C. What pybind11 does for each argument would take longer than a small kernel.
+// Of a function that Python calls.
 using Arguments = PyObject* const*;
 
 template <PyObject* (*Body)(Arguments), int Count> PyObject* called(PyObject*, Arguments given, Py_ssize_t count) {
   try {
-    if (count != Count) throw py::type_error("expected " + std::to_string(Count) + " arguments; see _C.pyi");
+    if (count != Count)
+      raise(PyExc_TypeError,
+            "expected " + std::to_string(Count) + " arguments, got " + std::to_string(count) + "; see _C.pyi");
     return Body(given);
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
+  } catch (const Raised&) {
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::exception& error) {
@@ -103,98 +99,137 @@ PyObject* finish_py(Arguments given) {
 // call, watchers, watchers of 16 bits
 PyObject* is_common_py(Arguments given) { return PyBool_FromLong(tensors::is_common(given[0], given[1], given[2])); }
 
-PyMethodDef FAST[] = {
-    {"is_common", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<is_common_py, 3>)), METH_FASTCALL,
-     ""},
-    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<forward_py, 11>)), METH_FASTCALL, ""},
-    {"part", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<part_py, 6>)), METH_FASTCALL, ""},
-    {"finish", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<finish_py, 11>)), METH_FASTCALL, ""},
-    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called<backward_py, 13>)), METH_FASTCALL,
-     ""},
-    {}};
+PyObject* meet_py(Arguments given) {
+  tensors::meet(given[0], given[1]);
+  Py_RETURN_NONE;
+}
 
-// Both are contract.RowSums, of numbers.
-py::tuple combine_py(const py::tuple& sums, const py::tuple& after, bool probs) {
+// Both are contract.RowSums, of numbers. sums, after, probs
+PyObject* combine_py(Arguments given) {
   double numbers[8], more[8];
-  for (int i = 0; i < 8; i++) numbers[i] = real(item(sums.ptr(), i)), more[i] = real(item(after.ptr(), i));
-  isa().combine(numbers, more, probs);
-  py::tuple joined(8);
-  for (int i = 0; i < 8; i++) joined[i] = numbers[i];
-  return joined;
+  for (int i = 0; i < 8; i++) numbers[i] = real(item(given[0], i)), more[i] = real(item(given[1], i));
+  isa().combine(numbers, more, is_true(given[2]));
+  return Py_BuildValue("(dddddddd)", numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6],
+                       numbers[7]);
 }
 
 // Who takes the tensor renames the capsule, and calls the deleter himself.
 constexpr const char* UNTAKEN = "dltensor";
 
-// A capsule for torch's from_dlpack; None where the pool does not serve.
-py::object empty_py(const py::tuple& sizes, int64_t dtype) {
-  const int64_t dims = PyTuple_Check(sizes.ptr()) ? int64_t(sizes.size()) : -1;
+// A capsule for torch's from_dlpack; None where the pool does not serve. sizes, dtype
+PyObject* empty_py(Arguments given) {
+  const Py_ssize_t dims = PyTuple_Check(given[0]) ? PyTuple_Size(given[0]) : -1;
   if (dims < 0 || dims > MAX_DIMS) refuse("expected a tuple of at most " + std::to_string(MAX_DIMS) + " sizes");
+  const int64_t dtype = number(given[1]);
   if (dtype < 0 || dtype > int64_t(DType::uint8)) refuse("expected a dtype from 0 to 5, got " + std::to_string(dtype));
   int64_t wanted[MAX_DIMS];
-  for (int64_t d = 0; d < dims; d++) {
-    wanted[d] = number(item(sizes.ptr(), d));
+  for (Py_ssize_t d = 0; d < dims; d++) {
+    wanted[d] = number(item(given[0], d));
     if (wanted[d] < 0) refuse("expected sizes from 0 on, got " + std::to_string(wanted[d]));
   }
   dlpack::ManagedTensor* made;
   {
-    py::gil_scoped_release release;  // unmapping what is in the way takes some time
+    const WithoutGil others;  // unmapping what is in the way takes some time
     made = dlpack::make(wanted, int(dims), DType(dtype));
   }
-  if (!made) return py::none();
+  if (!made) Py_RETURN_NONE;
   PyObject* const capsule = PyCapsule_New(made, UNTAKEN, [](PyObject* self) {
     if (!PyCapsule_IsValid(self, UNTAKEN)) return;
     auto* const untaken = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(self, UNTAKEN));
     untaken->deleter(untaken);
   });
-  if (!capsule) {
-    made->deleter(made);
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(capsule);
+  if (!capsule) made->deleter(made);
+  return capsule;
 }
 
-py::list isa_names() {
-  py::list names;
+PyObject* keep_at_most_py(Arguments given) {
+  memory::keep_at_most(number(given[0]));
+  Py_RETURN_NONE;
+}
+
+PyObject* empty_cache_py(Arguments) {
+  {
+    const WithoutGil others;
+    memory::empty_cache();
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* held_py(Arguments) {
+  const memory::Held held = memory::held();
+  return Py_BuildValue("(LL)", static_cast<long long>(held.used), static_cast<long long>(held.idle));
+}
+
+PyObject* isa_py(Arguments) { return PyUnicode_FromString(isa().name); }
+
+PyObject* isa_names_py(Arguments) {
+  const Owned names(PyList_New(0));
   int count;
   const Isa* all = isas(&count);
-  for (int i = 0; i < count; i++)
-    if (all[i].runs_here()) names.append(all[i].name);
-  return names;
+  for (int i = 0; i < count; i++) {
+    if (!all[i].runs_here()) continue;
+    if (PyList_Append(names.get(), Owned(PyUnicode_FromString(all[i].name)).get())) throw Raised();
+  }
+  return names.another();
 }
 
-void set_isa_py(const std::string& name) {
-  if (!set_isa(name.c_str()))
-    refuse("instruction set must be one of " + py::str(isa_names()).cast<std::string>() + ", got '" + name +
-           "'; unset FUSED_CE_ISA to take the best");
+PyObject* set_isa_py(Arguments given) {
+  const char* const name = PyUnicode_AsUTF8AndSize(given[0], nullptr);
+  if (!name) throw Raised();
+  if (set_isa(name)) Py_RETURN_NONE;
+  PyErr_Format(PyExc_ValueError, "instruction set must be one of %R, got %R; unset FUSED_CE_ISA to take the best",
+               Owned(isa_names_py(nullptr)).get(), given[0]);
+  throw Raised();
 }
+
+template <PyObject* (*Body)(Arguments), int Count> PyMethodDef function(const char* name) {
+  const auto as_c = reinterpret_cast<void (*)()>(called<Body, Count>);  // the cast through it silences compilers
+  return {name, reinterpret_cast<PyCFunction>(as_c), METH_FASTCALL, ""};
+}
+
+PyMethodDef FUNCTIONS[] = {function<forward_py, 11>("forward"),
+                           function<backward_py, 13>("backward"),
+                           function<part_py, 6>("part"),
+                           function<finish_py, 11>("finish"),
+                           function<is_common_py, 3>("is_common"),
+                           function<meet_py, 2>("meet"),
+                           function<combine_py, 3>("combine"),
+                           function<empty_py, 2>("empty"),
+                           function<keep_at_most_py, 1>("keep_at_most"),
+                           function<empty_cache_py, 0>("empty_cache"),
+                           function<held_py, 0>("held"),
+                           function<isa_py, 0>("isa"),
+                           function<isa_names_py, 0>("isa_names"),
+                           function<set_isa_py, 1>("set_isa"),
+                           {}};
+
+#ifdef __clang__
+constexpr const char* COMPILER = "clang " __clang_version__;
+#else
+constexpr const char* COMPILER = "g++ " __VERSION__;
+#endif
+#ifdef _OPENMP
+constexpr bool OPENMP = true;
+#else
+constexpr bool OPENMP = false;
+#endif
+
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_C", "", -1, FUNCTIONS, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  if (PyModule_AddFunctions(m.ptr(), FAST)) throw py::error_already_set();
-  m.def("meet", tensors::meet);
-  m.def("combine", combine_py);
-  m.def("empty", empty_py);
-  m.def("keep_at_most", memory::keep_at_most);
-  m.def("empty_cache", memory::empty_cache, py::call_guard<py::gil_scoped_release>());
-  m.def("held", [] {
-    const memory::Held held = memory::held();
-    return py::make_tuple(held.used, held.idle);
-  });
-  m.def("isa", [] { return isa().name; });
-  m.def("isa_names", isa_names);
-  m.def("set_isa", set_isa_py);
-#ifdef __clang__
-  m.attr("compiler") = "clang " __clang_version__;
-#else
-  m.attr("compiler") = "g++ " __VERSION__;
+// Its state is the process's, so that interpreters of their own may not have it: one phase.
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* const module = PyModule_Create(&MODULE);
+  if (!module) return nullptr;
+#ifdef Py_GIL_DISABLED
+  PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
 #endif
-  m.attr("few_classes") = FEW_CLASSES;
-  m.attr("stats_size") = sizeof(Stats) / sizeof(double);
-#ifdef _OPENMP
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
+  const bool failed = PyModule_AddStringConstant(module, "compiler", COMPILER) ||
+                      PyModule_AddIntConstant(module, "few_classes", FEW_CLASSES) ||
+                      PyModule_AddIntConstant(module, "stats_size", sizeof(Stats) / sizeof(double)) ||
+                      PyModule_AddObjectRef(module, "openmp", OPENMP ? Py_True : Py_False);
+  if (!failed) return module;
+  Py_DECREF(module);
+  return nullptr;
 }

@@ -1,5 +1,7 @@
 """Cross entropy for PyTorch: loss and gradient in one pass over the logits, or from hidden states, on CPU and GPU."""
 
+__version__ = "0.2.0"  # before the imports: the operators are named after it
+
 from .backends.pool import empty_cache
 from .backends.triton.launch import check_targets
 from .functional import CrossEntropyOutput, cross_entropy
@@ -10,7 +12,6 @@ from .missing import warn as _warn
 from .module import CrossEntropyLoss
 from .patching import is_patched, left_out, patch, patched, unpatch
 
-__version__ = "0.2.0"
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",

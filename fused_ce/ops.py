@@ -8,13 +8,14 @@ AD) never come here, because an operator with a registered derivative drops thei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import _torch, gate
+from . import __version__, _torch, gate
 from .autograd import differentiable
 from .backends import dispatch
 from .contract import Backend, Call, Stats, Upstream
@@ -29,14 +30,31 @@ OPTIONS = (
 )
 RECEIVED = "Tensor? grad_output, Tensor? g_lse, Tensor? g_entropy"
 _DEFAULTS = Options()
-_LIBRARY: Any = torch.library.Library("fused_ce", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _own_library(copy: int = 1) -> Any:
+    """One under the name of this version, so that graphs that a cache kept of another do not call it, and of this copy.
+
+    A process may hold several copies: two packages that each bring one, or one imported again.
+    """
+    name = re.sub(r"\W", "_", f"{__package__}_{__version__}") + (f"_{copy}" if copy > 1 else "")
+    try:
+        return torch.library.Library(name, "DEF")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "Only a single TORCH_LIBRARY" not in str(error):  # that the name is taken
+            raise
+        return _own_library(copy + 1)
+
+
+LIBRARY = _own_library()
+OPERATORS: Any = getattr(torch.ops, LIBRARY.ns)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_LIBRARY.define(
+LIBRARY.define(
     f"forward({_CALL}, {OPTIONS}, bool wants_grad, bool wants_stats)"
     " -> (Tensor loss, Tensor saved, Tensor lse, Tensor z_loss, Tensor argmax, Tensor entropy)",
     tags=_TAGS,
 )
-_LIBRARY.define(
+LIBRARY.define(
     f"backward({RECEIVED}, {_CALL}, {OPTIONS}, Tensor saved, bool wants_target) -> (Tensor d_input, Tensor d_target)",
     tags=_TAGS,
 )
@@ -45,7 +63,7 @@ _LIBRARY.define(
 def traced(call: Call, backend: str | None, wants_grad: bool) -> tuple[Tensor, Stats | None]:
     """The call as one operator in the graph that is being traced."""
     wants_stats = call.options.return_stats
-    loss, _, *stats = torch.ops.fused_ce.forward(*arguments(call, backend), wants_grad, wants_stats)
+    loss, _, *stats = OPERATORS.forward(*arguments(call, backend), wants_grad, wants_stats)
     return loss, Stats(*stats) if wants_stats else None
 
 
@@ -155,13 +173,11 @@ def _derivative(ctx: Any, grad_output: Tensor, _: Tensor, *of_stats: Tensor) -> 
         call = chosen(input, target, weight, ctx.options)[0]
         call = call._replace(options=call.options._replace(return_stats=ctx.wants_stats))
         return *differentiable(call, gate.again, ctx.needs_input_grad, *received), *nothing
-    dx, dt = torch.ops.fused_ce.backward(*received, input, target, weight, *ctx.options, saved, wants_target)
+    dx, dt = OPERATORS.backward(*received, input, target, weight, *ctx.options, saved, wants_target)
     return dx, dt if wants_target else None, *nothing
 
 
-def register(
-    library: Any, kind: str, kernels: Sequence[Any], fakes: Sequence[Any], derivative: Any, save: Any, called: str
-) -> None:
+def register(kind: str, kernels: Sequence[Any], fakes: Sequence[Any], derivative: Any, save: Any, called: str) -> None:
     """Give the operators `kind`forward and `kind`backward their kernels, fakes and derivatives, in that order each."""
 
     def refuse(*_: Any) -> NoReturn:
@@ -171,10 +187,10 @@ def register(
         )
 
     for name, kernel, fake in zip((f"{kind}forward", f"{kind}backward"), kernels, fakes, strict=True):
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fused_ce::{name}", fake, lib=library)
-    torch.library.register_autograd(f"fused_ce::{kind}forward", derivative, setup_context=save, lib=library)
-    torch.library.register_autograd(f"fused_ce::{kind}backward", refuse, lib=library)
+        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"{LIBRARY.ns}::{kind}forward", derivative, setup_context=save, lib=LIBRARY)
+    torch.library.register_autograd(f"{LIBRARY.ns}::{kind}backward", refuse, lib=LIBRARY)
 
 
-register(_LIBRARY, "", (_forward, _backward), (_forward_fake, _backward_fake), _derivative, _save, "cross_entropy")
+register("", (_forward, _backward), (_forward_fake, _backward_fake), _derivative, _save, "cross_entropy")

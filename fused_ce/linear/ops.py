@@ -22,14 +22,13 @@ _CALL = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias,
 _REST = f"{ops.OPTIONS}, ScalarType product_dtype, SymInt? chunk_rows"
 _WANTED = "bool wants_input, bool wants_linear_weight, bool wants_linear_bias"
 _GRADIENTS = "Tensor d_input, Tensor d_linear_weight, Tensor d_linear_bias"
-_LIBRARY: Any = torch.library.Library("fused_ce", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define(
+ops.LIBRARY.define(
     f"linear_forward({_CALL}, {_REST}, {_WANTED}, bool wants_stats)"
     f" -> (Tensor loss, {_GRADIENTS}, Tensor lse, Tensor z_loss, Tensor argmax, Tensor entropy)",
     tags=_TAGS,
 )
-_LIBRARY.define(f"linear_backward({ops.RECEIVED}, {_CALL}, {_REST}, {_WANTED}) -> ({_GRADIENTS})", tags=_TAGS)
+ops.LIBRARY.define(f"linear_backward({ops.RECEIVED}, {_CALL}, {_REST}, {_WANTED}) -> ({_GRADIENTS})", tags=_TAGS)
 _TENSORS = 5  # of _CALL
 _NONE = Wanted(False, False, False)
 
@@ -38,7 +37,7 @@ def traced(call: LinearCall, backend: str | None, wanted: Wanted) -> tuple[Tenso
     """The call as one operator in the graph that is being traced."""
     input, linear_weight, target, linear_bias, weight, options, product_dtype, chunk_rows = call
     arguments = ops.arguments(Call(input, target, weight, options), backend)
-    found = torch.ops.fused_ce.linear_forward(
+    found = ops.OPERATORS.linear_forward(
         input, linear_weight, target, linear_bias, weight, *arguments[3:], product_dtype, chunk_rows, *wanted,
         options.return_stats,
     )  # fmt: skip
@@ -138,11 +137,10 @@ def _derivative(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor 
         acc = chunks.gradient_dtypes(call)[2]
         made = [grad * grad_output.to(acc) if want else None for grad, want in zip((dx, dW, db), wanted, strict=True)]
         return placed(rounded(LinearGradients(*made), call))
-    return placed(torch.ops.fused_ce.linear_backward(*received, *tensors, *ctx.rest, *wanted))
+    return placed(ops.OPERATORS.linear_backward(*received, *tensors, *ctx.rest, *wanted))
 
 
 ops.register(
-    _LIBRARY,
     "linear_",
     (_forward, _backward),
     (_forward_fake, _backward_fake),
