@@ -3,7 +3,8 @@
 Each instruction set needs flags of its own, which setuptools cannot give to a single source. So this file writes a
 build.ninja and lets ninja do the rest: in parallel, only what changed, headers included.
 Heeded from the environment: CXX (or CC), CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS; FUSED_CE_BUILD_ISAS=base (or avx2)
-leaves out the other instruction sets, for a short edit loop.
+leaves out the other instruction sets, for a short edit loop; FUSED_CE_BUILD=0 leaves out the extension, and gives a
+package of Python alone, which runs torch's operators on a CPU and Triton's kernels on a GPU.
 """
 
 import os
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +35,10 @@ X86 = {
         "-Wno-maybe-uninitialized",
     ],  # g++ 12 warns of its own intrinsics
 }
-PYTHON = ("bindings", "tensors")  # what knows Python
+PYTHON = ("arguments", "bindings", "python", "tensors")  # what knows Python
+# One build serves 3.10 and all later versions; a Python without the GIL has no such API.
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
+LIMITED_API = "-DPy_LIMITED_API=0x030A0000"
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
 ROOT = Path(__file__).resolve().parent
@@ -58,7 +63,8 @@ def find_compiler() -> tuple[list[str], str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompileError(
             f"fused_ce needs a C++17 compiler, g++ or clang++, but `{shlex.join(compiler)}` did not run ({error}). "
-            "Install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install), or name yours in CXX."
+            "Install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install), or name yours in CXX; "
+            "or set FUSED_CE_BUILD=0 for the package without its C++ kernels."
         ) from None
     return compiler, answer.stdout.strip()
 
@@ -111,8 +117,12 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(ROOT / library), str(target))
 
+    def copy_extensions_to_source(self) -> None:
+        for earlier in ROOT.glob("fused_ce/_C.*.so"):  # one for this Python alone would be preferred to the new one
+            earlier.unlink()
+        super().copy_extensions_to_source()
+
     def write_rules(self, folder: Path, library: Path) -> None:
-        import pybind11
         from ninja import ninja_syntax
 
         def words(*flags: str) -> str:
@@ -124,7 +134,7 @@ class NinjaBuild(build_ext):
         wanted = os.environ.get("FUSED_CE_BUILD_ISAS", ",".join(X86)).split(",")
         isas = [name for name in X86 if x86 and name in wanted]
         common = [*COMMON, *hard, *parallel, *(f"-DFUSED_CE_{name.upper()}" for name in isas)]
-        python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
+        python = [*([LIMITED_API] if LIMITED else []), *(f"-isystem{path}" for path in self.include_dirs)]
         user = environment("CPPFLAGS", "CFLAGS", "CXXFLAGS")  # last, so that they win
         with open(ROOT / folder / "build.ninja", "w") as file:
             ninja = ninja_syntax.Writer(file, width=10_000)
@@ -143,4 +153,11 @@ class NinjaBuild(build_ext):
             ninja.build(str(library), "link", objects)
 
 
-setup(ext_modules=[Extension("fused_ce._C", SOURCES, depends=HEADERS)], cmdclass={"build_ext": NinjaBuild})
+if os.environ.get("FUSED_CE_BUILD", "1") == "0":
+    setup()
+else:
+    setup(
+        ext_modules=[Extension("fused_ce._C", SOURCES, depends=HEADERS, py_limited_api=LIMITED)],
+        cmdclass={"build_ext": NinjaBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {},
+    )

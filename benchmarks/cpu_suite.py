@@ -1,7 +1,8 @@
 """Everything about speed on a CPU in one go: cross_entropy.py on all threads and on 1, with torch's allocator as it is
 and asking for huge pages, then with older instruction sets, then without a gradient; and what was aimed at beside it.
 
-    python benchmarks/cpu_suite.py --json out.json --plot out.png
+    python benchmarks/cpu_suite.py --json out.json --plot out.svg
+    python benchmarks/cpu_suite.py --redraw out.json --plot out.svg        (what was measured before)
 """
 
 from __future__ import annotations
@@ -65,9 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", help="as in cross_entropy.py")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE", help="bars of the first run's ratios")
+    parser.add_argument("--redraw", metavar="FILE", help="take a --json file in place of measuring")
     args = parser.parse_args(argv)
     common = ["--seconds", args.seconds, *(["--shapes", args.shapes] if args.shapes else [])]
-    outcomes = [outcome(run, common) for run in runs(os.cpu_count() or 1)]
+    if args.redraw:
+        outcomes = json.loads(Path(args.redraw).read_text())["runs"]
+    else:
+        outcomes = [outcome(run, common) for run in runs(os.cpu_count() or 1)]
     Console().print(goals(outcomes))
     if args.json:
         Path(args.json).write_text(json.dumps({"runs": outcomes}, indent=1) + "\n")

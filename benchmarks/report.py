@@ -167,25 +167,54 @@ def save_json(path: str, facts: dict[str, Any], rows: list[Row], yardstick: str)
     Path(path).write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
 
 
+def caption(facts: dict[str, Any]) -> str:
+    """Where and when, in a line under a picture."""
+    where = facts.get("gpu", f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} threads")
+    return f"{where}, torch {facts['torch']}, {facts['date']}, commit {facts['commit']}, load {facts['load']}"
+
+
+def missing(rows: list[Row]) -> str:
+    """Who was to be there and is not, in a line under a picture."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.status != "timed":
+            found.setdefault(row.peer, []).append(row.dtype)
+    dtypes = {row.dtype for row in rows}
+    return "not measured: " + "; ".join(
+        peer if set(of) == dtypes else f"{peer} in {', '.join(dict.fromkeys(of))}" for peer, of in found.items()
+    )
+
+
 def plot(path: str, facts: dict[str, Any], rows: list[Row], yardstick: str) -> None:
-    import matplotlib
+    """Bars of the ratios, a panel for each dtype."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cells = list(dict.fromkeys(row.cell for row in rows))
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    shapes = list(dict.fromkeys(f"{row.N} x {row.C}" for row in rows))
     peers = list(dict.fromkeys(row.peer for row in rows if row.ratio is not None and row.peer != yardstick))
-    figure, axes = plt.subplots(figsize=(max(6, 2 + 0.9 * len(cells)), 4.5), layout="constrained")
-    for i, peer in enumerate(peers):
-        bars = [(cells.index(row.cell), row.ratio) for row in rows if row.peer == peer and row.ratio is not None]
-        width = 0.8 / len(peers)
-        drawn = axes.bar([x + (i + 0.5) * width - 0.4 for x, _ in bars], [y for _, y in bars], width, label=peer)
-        axes.bar_label(drawn, fmt="%.1f", fontsize=6.5, padding=1.5, bbox={"color": "white", "pad": 0.3})
-    axes.axhline(1, color="black", linewidth=0.8, label=yardstick)
-    axes.set_xticks(range(len(cells)), [cell.replace(" ", "\n") for cell in cells])
-    axes.set_xlabel("logits: rows x classes, dtype")
-    axes.set_ylabel(f"times as fast as {yardstick}")
-    where = facts.get("gpu", f"{facts['cpu']}, {facts['threads']} threads")
-    axes.set_title(f"{where}, torch {facts['torch']}, {facts['date']}", fontsize="small")
-    axes.legend()
+    colors = dict(zip(peers, ("#4a90d9", "#9aa5b1", "#7a3fa0", "#e0652b", "#2a9d5c", "#c0a020"), strict=False))
+    if "fused_ce" in peers:
+        colors["fused_ce"] = "#e0652b"
+    figure = Figure(figsize=(max(6, 1.5 + 1.2 * len(shapes)), 0.8 + 2.7 * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), squeeze=False)[:, 0]
+    width = 0.84 / len(peers)
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        for i, peer in enumerate(peers):
+            bars = {f"{r.N} x {r.C}": r.ratio for r in rows if (r.peer, r.dtype) == (peer, dtype) and r.ratio}
+            at = [shapes.index(shape) + (i + 0.5) * width - 0.42 for shape in bars]
+            drawn = axes.bar(at, list(bars.values()), width, label=peer, color=colors.get(peer))
+            axes.bar_label(drawn, fmt="%.1f", fontsize=8, padding=1.5, bbox={"color": "white", "pad": 0.3})
+        axes.axhline(1, color="black", linewidth=0.8, label=f"{yardstick}: 1")
+        axes.set_xticks(range(len(shapes)), shapes)
+        axes.set_title(dtype, loc="left", fontsize="medium")
+        axes.set_ylabel(f"times as fast as {yardstick}")
+        axes.margins(y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("logits: rows x classes")
+    panels[0].legend(frameon=False, loc="upper left", ncols=2, fontsize="small")
+    modes = {"fwd_bwd": "loss and gradient", "fwd": "loss alone"}
+    lines = [", ".join(modes[mode] for mode in dict.fromkeys(row.mode for row in rows)), caption(facts)]
+    if any(row.status != "timed" for row in rows):
+        lines.append(missing(rows))
+    figure.suptitle("\n".join(lines), fontsize="small")
     figure.savefig(path, dpi=150)

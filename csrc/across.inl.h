@@ -31,7 +31,7 @@ template <class F, bool MANY> struct RowGroup {
   I finds_y;        // all bits set where the class to leave out is still looked for, under probabilities
   Labels<F> labels;
   MinusLanes<A> minus_m;
-  V p_scale, scale, dz_y, lse_m;  // what the gradients need of RowTerms and GradFactors
+  V p_scale, scale, dz_y, h_scale, lse_m;  // what the gradients need of RowTerms and GradFactors
 
   static INLINE int64_t room(const Call& call) { return call.C < MOST_KEPT ? call.C : MOST_KEPT; }
   INLINE V* dz_dx() const { return z + room(*of); }    // under a softcap
@@ -52,20 +52,26 @@ template <class F, bool MANY> struct RowGroup {
     }
     finds_y = I{} - Index(call.probs);
     labels = call.probs ? Labels<F>{} : load_labels<F>(call, part);
-    load(MANY ? (call.C - 1) / MOST_KEPT * MOST_KEPT : 0);
+    if constexpr (MANY) load_apart((call.C - 1) / MOST_KEPT * MOST_KEPT);
+    else load(0);
   }
 
   // Work on each chunk, the last first, so that the one that is left after the sums is the first for the gradient.
   template <class Work> INLINE void for_each_chunk(Work work) {
     if constexpr (!MANY) return work();
     for (int64_t from = (of->C - 1) / MOST_KEPT * MOST_KEPT; from >= 0; from -= MOST_KEPT) {
-      if (from != part.begin) load(from);
+      if (from != part.begin) load_apart(from);
       work();
     }
   }
 
+  INLINE bool has_entropy() const { return MANY && of->g_entropy; }
+  static INLINE bool wants_stats(const Call& call) { return MANY ? call.wants_stats : !!call.stats; }  // a flag: 3 %
   INLINE int64_t start_of_chunk() const { return MANY ? part.begin : 0; }
   INLINE int64_t count() const { return MANY ? part.end - part.begin : of->C; }
+
+  // Of MANY: in line everywhere, it would take the compiler half a minute.
+  __attribute__((noinline)) void load_apart(int64_t from) { load(from); }
 
   INLINE void load(int64_t from) {
     const Call& call = *of;
@@ -179,7 +185,7 @@ template <class F, bool MANY> struct RowGroup {
     if (call.weight && !call.probs)
       sums.q_y += A(1 - call.options.label_smoothing) * gather(static_cast<const A*>(call.weight), labels.y);
     else sums.q_y += own_q<A>(call, 0);
-    if (call.stats) sums.e_drop = this->sums.e_drop * minus_m.unit;
+    if (wants_stats(call)) sums.e_drop = this->sums.e_drop * minus_m.unit;
     const RowTerms<V, A> row(sums, m.high + m.low, F::DENSE && call.probs);
     if (call.loss) {
       const V loss = labels.counted ? row_loss(row, call) : V{};
@@ -189,18 +195,20 @@ template <class F, bool MANY> struct RowGroup {
     if (call.stats) write_stats(row);
     if (call.saved && call.loss) save(sums);
     if (!call.grad.data && !call.d_target.data) return;
-    V of_lse = {};
+    V of_lse = {}, of_entropy = {};
     if (call.g_lse) of_lse = load_first(static_cast<const A*>(call.g_lse) + part.first, part.n);
-    const GradFactors<V, A> factors(row, call, scales.scale, of_lse);
+    if (has_entropy()) of_entropy = load_first(static_cast<const A*>(call.g_entropy) + part.first, part.n);
+    const GradFactors<V, A> factors(row, call, scales.scale, of_lse, has_entropy(), of_entropy);
     const bool capped = F::CHANGED && call.options.softcap > 0;
     const V k = capped ? splat(A(1)) : splat(A(call.options.logit_scale));
     p_scale = k * factors.p_scale * minus_m.unit, scale = k * factors.scale, dz_y = k * factors.dz_y;
-    lse_m = row.lse_m;
+    lse_m = row.lse_m, h_scale = has_entropy() ? k * factors.h_scale * minus_m.unit : V{};
   }
 
   template <bool KEPT> INLINE void write_grad(const Call& call) const {
     const bool capped = F::CHANGED && call.options.softcap > 0;
-    const V p_scale = this->p_scale, scale = this->scale, dz_y = this->dz_y;
+    const V p_scale = this->p_scale, scale = this->scale, dz_y = this->dz_y, h_scale = this->h_scale;
+    const Pair<V> m = this->m;
     const V *const z = this->z, *const q = this->q();
     const MinusLanes<A> minus_m = this->minus_m;
     const I y = labels.y - Index(start_of_chunk()), counted = labels.counted;
@@ -208,7 +216,9 @@ template <class F, bool MANY> struct RowGroup {
         .write(reinterpret_cast<T*>(this->q()), [&](int64_t i) LAMBDA {  // never ahead of q
           V e_c = KEPT ? z[i] : minus_m.exp(z_of(i), F::CHANGED), q_c = {};
           if constexpr (F::DENSE) q_c = q[i];
-          V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, false, [] { return V{}; });
+          V dx_c = row_grad<F>(
+              e_c, q_c, p_scale, scale, h_scale, has_entropy(), [&]() LAMBDA { return -minus<F>(z_of(i), m); }, false,
+              [] { return V{}; });
           dx_c = y == Index(i) ? dz_y : dx_c;
           if (capped) dx_c *= dz_dx()[i];
           return counted ? dx_c : V{};
@@ -235,6 +245,7 @@ template <class F, bool MANY> struct RowGroup {
       of->column(SAVED_M)[row] = double(high[i]) + double(low[i]);
       of->column(SAVED_SO)[row] = so[i], of->column(SAVED_Q_OTHERS)[row] = q_others[i];
       if (of->probs) of->column(SAVED_Y)[row] = double(y[i]);
+      if (of->wants_stats) of->e_drop_column()[row] = double(sums.e_drop[i]);
     }
   }
 
@@ -257,7 +268,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
   TYPES(F);
   const Scales<F> of_call = Scales<F>::of_call(call);
   const int64_t room = 4 * RowGroup<F, MANY>::room(call);
-  const int most = across_groups(call);
+  const int most = MANY ? 1 : across_groups(call);
   RowGroup<F, MANY> groups[MANY ? 1 : MOST_GROUPS];
   Part part;
   call.dims.find(begin, part.place);
@@ -276,7 +287,7 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
         if (call.stats) groups[g].find_largest(best);
       });
       groups[g].minus_m = MinusLanes<A>(groups[g].m, groups[g].scales.powers);
-      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(call.stats); });
+      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(groups[g].wants_stats(call)); });
     }
     for (int g = 0; g < count; g++) groups[g].end_sums(call);
     if (!call.grad.data && !call.d_target.data) continue;

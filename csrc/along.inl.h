@@ -10,7 +10,7 @@ constexpr int64_t RUN = 8;
 template <class F> struct AlongRow {
   Classes<typename F::T> x, dx;  // dx.p null: no gradient is wanted
   int64_t t_offset, dt_offset;
-  int64_t y;
+  int64_t y;          // outside [0, C): of another shard
   typename F::V x_y;  // in lane 0
   double z_y, q_y;
 };
@@ -27,7 +27,7 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
   TYPES(F);
   const A inf = A(__builtin_inff());
   const Options o = call.options;
-  const bool wants_stats = call.stats;
+  const bool wants_stats = call.wants_stats;
   T room[BLOCK];
   const T* const x = row.x.block(room, begin, end);
   const T* const next = row.x.p + (begin + BLOCK) * row.x.stride;
@@ -90,10 +90,12 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
   const bool unread = KEPT && !capped && row.x.stride != 1;
   const T* const x = unread ? room : row.x.block(room, begin, end);
   T* const dx = row.dx.stride == 1 ? row.dx.p + begin : written;
-  const Shifted<A> shifted(m, headroom(KEPT ? call.scale : factors.p_scale));
+  const bool of_entropy = !KEPT && call.g_entropy;  // which takes z, not its exponential alone
+  const Shifted<A> shifted(m, headroom(KEPT ? call.scale : factors.largest()));
   const double k = capped ? 1 : o.logit_scale;  // without a softcap dz/dx is the same number everywhere
-  const A p_scale = A(k * factors.p_scale * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit);
-  const A scale = A(k * factors.scale);
+  const double unit = k * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit;
+  const A p_scale = A(factors.p_scale * unit), h_scale = A(factors.h_scale * unit), scale = A(k * factors.scale);
+  const Pair<V> of_m = {splat(A(m)), splat(A(m - double(A(m))))};
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
   const bool streams = call.streams && row.dx.stride == 1;
@@ -101,14 +103,17 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
   const auto write = [&](V x_c, int64_t c, int n, int) LAMBDA {
     const bool whole = n == F::lanes;
     V e_c, q_c = {};
+    Pair<V> z_c = {};
     if constexpr (KEPT) e_c = whole ? load(kept + begin + c) : load_first(kept + begin + c, n);
     else {
-      const Pair<V> z_c = transform<F>(x_c, o);
+      z_c = transform<F>(x_c, o);
       if constexpr (F::CHANGED) e_c = shifted.exp(z_c);
       else e_c = shifted.exp(z_c.high);
     }
     if constexpr (F::DENSE) q_c = whole ? load(q + c) : load_first(q + c, n);
-    const V dx_c = row_grad<F>(e_c, q_c, p_scale, scale, capped, [&]() LAMBDA { return transform_grad<F>(x_c, o); });
+    const V dx_c = row_grad<F>(
+        e_c, q_c, p_scale, scale, h_scale, of_entropy, [&]() LAMBDA { return -minus<F>(z_c, of_m); }, capped,
+        [&]() LAMBDA { return transform_grad<F>(x_c, o); });
     if (whole && streams) stream(dx + c, dx_c);
     else if (whole) store(dx + c, dx_c);
     else store_first(dx + c, dx_c, n);
@@ -151,23 +156,44 @@ template <class T> void write_row(const Call& call, int64_t row, double loss, co
   call.column(SAVED_SO)[row] = sums.so;
   call.column(SAVED_Q_OTHERS)[row] = sums.q_others;
   if (call.probs) call.column(SAVED_Y)[row] = y;
+  if (call.wants_stats) call.e_drop_column()[row] = sums.e_drop;
 }
 
 // Loss and gradient 0 whatever the logits hold: they are not even read.
 template <class T> void write_ignored(const Call& call, int64_t row) {
   if (call.loss) write_row<T>(call, row, 0, {}, -1);
   if (call.stats) call.stats[row] = Stats{0, 0, 0, -1};
+  if (call.is_part()) store_sums(call, row, {0, 0, 0, 0, 0, 0, 0, -1});
+}
+
+// The class y of a row, and what is known of it before the row is read.
+template <class F> INLINE void load_y(AlongRow<F>& row, const Call& call, int64_t y) {
+  TYPES(F);
+  row.y = y;
+  if (uint64_t(y) >= uint64_t(call.C)) {
+    row.x_y = V{}, row.z_y = -infinity_of(0.0), row.q_y = 0;
+    return;
+  }
+  row.x_y = load_first(row.x.p + y * row.x.stride, 1);  // before anyone writes dx, which may be x
+  row.z_y = transform<F>(row.x_y, call.options).sum();
+  row.q_y = double(own_q<A>(call, y));
+  if constexpr (F::DENSE) {
+    A spread;
+    spread_q(&spread, call, row.t_offset, y, y + 1);
+    row.q_y += double(spread);
+  }
 }
 
 // Each row by the whole team: its members take blocks, and wait for each other where one reads what another wrote.
 template <class F> void along_rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {
   TYPES(F);
-  const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse);
+  const A *upstream = static_cast<const A*>(call.upstream), *g_lse = static_cast<const A*>(call.g_lse),
+          *g_entropy = static_cast<const A*>(call.g_entropy);
   const int64_t C = call.C, count = (C + BLOCK - 1) / BLOCK;
   A* const spare = static_cast<A*>(scratch);
   const int64_t room = C < MOST_ALONG ? (C + F::lanes - 1) / F::lanes * F::lanes : 0;
   BlockSums* const parts = reinterpret_cast<BlockSums*>(spare + room);
-  const bool first = team.rank == 0;
+  const bool first = team.rank == 0, makes_sums = call.loss || call.is_part();
   const auto my_blocks = [&](auto work) LAMBDA {
     for (int64_t b = count * team.rank / team.size; b < count * (team.rank + 1) / team.size; b++)
       work(b, b * BLOCK, b * BLOCK + BLOCK < C ? b * BLOCK + BLOCK : C);
@@ -179,52 +205,58 @@ template <class F> void along_rows(const Call& call, int64_t begin, int64_t end,
     if (row.dx.p) row.dx.p += call.dims.offset(call.grad, i);
     row.t_offset = call.probs ? call.dims.offset(call.target, i) : 0;
     row.dt_offset = call.d_target.data ? call.dims.offset(call.d_target, i) : 0;
-    row.y = call.probs ? 0 : call.target_at(call.dims.offset(call.target, i));
-    if (!call.probs && row.y == call.options.ignore_index) {
+    const int64_t label = call.probs ? 0 : call.target_at(call.dims.offset(call.target, i));
+    if (!call.probs && label == call.options.ignore_index) {
       if (first) write_ignored<T>(call, i);
       if (first && row.dx.p) row.dx.clear(C);
       continue;
     }
-    const int64_t top = call.loss && (call.probs || (call.stats && first)) ? largest<F>(row.x, C, call.options) : 0;
-    if (call.probs) row.y = call.loss ? top : int64_t(call.column(SAVED_Y)[i]);
-    row.x_y = load_first(row.x.p + row.y * row.x.stride, 1);  // before anyone writes dx, which may be x
-    row.z_y = transform<F>(row.x_y, call.options).sum();
-    row.q_y = double(own_q<A>(call, row.y));
-    if constexpr (F::DENSE) {
-      A spread;
-      spread_q(&spread, call, row.t_offset, row.y, row.y + 1);
-      row.q_y += double(spread);
-    }
+    const int64_t top =
+        makes_sums && (call.probs || (call.wants_stats && first)) ? largest<F>(row.x, C, call.options) : 0;
+    load_y(row, call, !call.probs ? label - call.first : call.loss ? top : int64_t(call.column(SAVED_Y)[i]));
     // Where dx has room for acc and x is not needed again, the exponentials wait in it for their factor.
     const bool in_dx =
         sizeof(T) == sizeof(A) && !(F::CHANGED && call.options.softcap > 0) && row.dx.stride == 1 && !call.streams;
     const bool keep = call.loss && row.dx.p && (in_dx || C < MOST_ALONG);
     A* const kept = in_dx ? reinterpret_cast<A*>(row.dx.p) : spare;
     team.wait();
-    if (call.loss)
+    if (makes_sums)
       my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
         parts[b] =
             keep ? block_sums<F, true>(kept, row, call, from, to) : block_sums<F, false>(nullptr, row, call, from, to);
       });
     team.wait();
     RowSums<double> sums = {};
-    if (call.loss) {
+    if (makes_sums) {
       // Every part is brought to the row's m at once: from part to part, each step up would round once more.
       double m = parts[0].sums.m;
       for (int64_t b = 1; b < count; b++) m = parts[b].sums.m > m ? parts[b].sums.m : m;
       sums = rescale(parts[0].sums, m);
       for (int64_t b = 1; b < count; b++) sums = combine(sums, rescale(parts[b].sums, m), false);
+    } else if (call.sums) {
+      sums = load_sums(call, i);
+      if (row.y < 0 || row.y >= C) sums = put_back(sums);
     } else {
       sums.m = call.column(SAVED_M)[i], sums.so = call.column(SAVED_SO)[i];
       if constexpr (F::DENSE) sums.q_others = call.column(SAVED_Q_OTHERS)[i];
+      if (call.wants_stats) sums.e_drop = call.e_drop_column()[i];
       sums.z_y = row.z_y, sums.q_y = row.q_y;
+    }
+    if (call.is_part() && first) {
+      sums.e_drop = call.wants_stats ? sums.e_drop : 0, sums.argmax = -1;
+      if (call.wants_stats) {
+        sums.argmax = double(call.first + top);
+        sums.m = transform<F>(load_first(row.x.p + top * row.x.stride, 1), call.options).sum();  // NaN where one is
+      }
+      store_sums(call, i, sums);
     }
     const RowTerms<double, double> terms(sums);
     if (call.loss && first) write_row<T>(call, i, row_loss(terms, call), sums, double(row.y));
     if (call.stats && first)
       call.stats[i] = row_stats(terms.lse, row_entropy(terms), call.options.lse_square_scale, top);
     const double scale = call.scale * (upstream ? double(upstream[i]) : 1.0);
-    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0);
+    const GradFactors<double, double> factors(terms, call, scale, g_lse ? double(g_lse[i]) : 0.0, g_entropy,
+                                              g_entropy ? double(g_entropy[i]) : 0.0);
     my_blocks([&](int64_t b, int64_t from, int64_t to) LAMBDA {
       if (call.d_target.data) block_target_grad<F>(row, terms, scale, call, from, to);
       if (!row.dx.p) return;

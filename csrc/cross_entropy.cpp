@@ -132,7 +132,7 @@ struct Tally {
 // One target at a time, by `label(i)`; `weighs`: the weights are wanted too.
 template <class Label> Tally tally(const Call& call, bool weighs, int64_t begin, int64_t end, Label label) {
   const int64_t ignored = call.options.ignore_index;
-  const uint64_t C = uint64_t(call.C);
+  const uint64_t C = uint64_t(call.total);
   if (!weighs && uint64_t(ignored) >= C) {  // fast path: no bad or ignored target
     uint64_t signs = 0;
     for (int64_t i = begin; i < end; i++) signs |= uint64_t(label(i)) | (C - 1 - uint64_t(label(i)));
@@ -238,7 +238,9 @@ void reduce(const A* rows, int64_t n, Reduction reduction, double divisor, void*
 
 }  // namespace
 
-int saved_columns(int64_t classes, bool probs) { return classes <= FEW_CLASSES ? 0 : SAVED_Y + probs; }
+int saved_columns(int64_t classes, bool probs, bool wants_stats) {
+  return classes <= FEW_CLASSES ? 0 : SAVED_Y + probs + wants_stats;
+}
 
 bool lanes_across_rows(const Call& call) {
   if (call.C <= FEW_CLASSES) return true;
@@ -288,5 +290,7 @@ Refusal backward(Call call, Reduction reduction, double num_items, int threads) 
   if (!refusal.bad) run_all_rows(call, threads);
   return refusal;
 }
+
+Refusal of_shard(const Call& call, int threads) { return backward(call, Reduction::none, 0, threads); }
 
 }  // namespace fused_ce

@@ -82,6 +82,7 @@ enum SavedColumn {
   SAVED_SO,
   SAVED_Q_OTHERS,
   SAVED_Y,  // under probability targets: the largest logit
+  // e_drop comes last, where statistics were asked for.
 };
 
 // What a row can tell besides its loss.
@@ -93,30 +94,37 @@ struct Stats {
 // `acc` is double for float64 logits, float for all others. A null pointer: not given, not wanted.
 struct Call {
   // inputs
-  View input;            // (N, C, d1..dk)
-  View target;           // (N, d1..dk) int64 or uint8; or probabilities (N, C, d1..dk)
-  const void* weight;    // (C) acc
-  const void* upstream;  // (rows) acc, of the loss
-  const void* g_lse;     // (rows) acc, of lse
+  View input;             // (N, C, d1..dk)
+  View target;            // (N, d1..dk) int64 or uint8; or probabilities (N, C, d1..dk)
+  const void* weight;     // (C) acc, those of the classes that input holds
+  const void* upstream;   // (rows) acc, of the loss
+  const void* g_lse;      // (rows) acc, of lse
+  const void* g_entropy;  // (rows) acc, of the entropy
   // outputs
   void* loss;     // (rows) acc, or input's dtype if `rounds_loss`; null: backward
   double* saved;  // (columns, rows)
   Stats* stats;   // (rows)
+  double* sums;   // (8, rows), contract.RowSums: of a shard without grad written, of whole rows with grad read
   View grad;      // (N, C, d1..dk), input's dtype
   View d_target;  // (N, C, d1..dk), target's dtype
   // sizes
   RowDims dims;
   int64_t rows, C;
-  bool probs;    // target holds probabilities
-  bool across;   // the lanes of a vector are rows, not classes
-  bool streams;  // grad is written past the caches
+  int64_t first, total;  // classes before those that input holds, and in all
+  bool probs;            // target holds probabilities
+  bool across;           // the lanes of a vector are rows, not classes
+  bool streams;          // grad is written past the caches
   bool rounds_loss;
+  bool wants_stats;  // in `stats`, or their part of `sums`; in backward, what the entropy's gradient takes
   // options
   Options options;
   double scale;  // multiplies every row's upstream gradient: 1 / D under a mean
   double ratio;  // D / count under a mean, because the z-loss is divided by the count instead
 
-  FUSED_CE_INLINE double* column(SavedColumn which) const { return saved + which * rows; }
+  FUSED_CE_INLINE bool is_part() const { return sums && !grad.data; }
+
+  FUSED_CE_INLINE double* column(int which) const { return saved + which * rows; }
+  FUSED_CE_INLINE double* e_drop_column() const { return column(SAVED_Y + probs); }
 
   FUSED_CE_INLINE int64_t target_at(int64_t offset) const {
     return target.dtype == DType::uint8 ? static_cast<const uint8_t*>(target.data)[offset]
@@ -146,9 +154,9 @@ FUSED_CE_INLINE int across_groups(const Call& call) { return call.C <= 16 ? MOST
 bool lanes_across_rows(const Call& call);
 
 // Of `Call::saved`.
-int saved_columns(int64_t classes, bool probs);
+int saved_columns(int64_t classes, bool probs, bool wants_stats);
 
-struct Refusal {  // why a call was refused: an index outside [0, C)
+struct Refusal {  // why a call was refused: an index outside [0, total)
   bool bad;
   int64_t target;
 };
@@ -159,5 +167,8 @@ Refusal forward(Call call, Reduction reduction, double num_items, void* loss, DT
 
 // The gradient from what forward left in `call.saved`; `call.scale` is the upstream gradient (times `upstream`).
 Refusal backward(Call call, Reduction reduction, double num_items, int threads);
+
+// What `call.sums` asks for. The upstream gradients are those of the rows, divided already; options' z-loss is 0.
+Refusal of_shard(const Call& call, int threads);
 
 }  // namespace fused_ce

@@ -2,6 +2,14 @@
 #pragma once
 #include "cross_entropy.h"
 
+// The exp of every glibc since the first, so that a wheel asks for 2.28 (manylinux_2_28): the same function, beside the
+// one of 2.29, which leaves errno alone. No other symbol here is newer.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp, exp@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp, exp@GLIBC_2.17");
+#endif
+
 namespace fused_ce {
 
 struct Isa {

@@ -64,6 +64,9 @@ template <class N> struct RowSums { N m, so, z_y, q_y, q_others, q_drop, e_drop,
 template <class F> struct LaneSums { typename F::V so[2] = {}, q_others = {}, q_drop = {}, e_drop = {}; };
 
 // [3] row_lse
+// e_c drop, and 0 where a class has no part in the sums and drop may be infinite.
+template <class N> INLINE N times_drop(N e_c, N drop) { return e_c == 0 ? e_c : e_c * drop; }
+
 // Adds classes: e_c = exp(z - m), and drop() = m - z where a sum asks for it. For y, and for lanes that hold no class,
 // e_c, q_c and drop() are 0.
 template <class F, class Drop>
@@ -74,7 +77,7 @@ INLINE void row_lse(LaneSums<F>& sums, typename F::V e_c, typename F::V q_c, Dro
     const typename F::V drop_c = drop();
     sums.q_drop += drop_c == 0 ? drop_c : q_c * drop_c;  // a weight may be infinite
   }
-  if (wants_stats) sums.e_drop += e_c == 0 ? e_c : e_c * drop();
+  if (wants_stats) sums.e_drop += times_drop(e_c, drop());
 }
 
 // m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN.
@@ -91,15 +94,16 @@ template <class N> INLINE RowSums<N> rescale(RowSums<N> part, N m) {
   return part;
 }
 
-// The lower of two parts that each left out a largest class of their own: its y joins the other classes.
-template <class N> INLINE RowSums<N> put_back(RowSums<N> part) {
-  const N y_drop = finite(part.m) - part.z_y;
-  part.so += exp_of(-y_drop);
-  part.q_others += part.q_y;
-  part.q_drop += part.q_y * y_drop;
-  part.z_y = -infinity_of(part.m);
-  part.q_y = N{};
-  return part;
+// y joins the other classes: where the row's y is another part's.
+template <class N> INLINE RowSums<N> put_back(RowSums<N> sums) {
+  const N y_drop = finite(sums.m) - sums.z_y;
+  sums.so += exp_of(-y_drop);
+  sums.q_others += sums.q_y;
+  sums.q_drop += sums.q_y * y_drop;
+  sums.e_drop += times_drop(exp_of(-y_drop), y_drop);
+  sums.z_y = -infinity_of(sums.m);
+  sums.q_y = N{};
+  return sums;
 }
 
 // The sums of two parts of a row, the first before the second; `probs`: each left out a largest class of its own.
@@ -143,11 +147,18 @@ template <class N, class A> INLINE N row_loss(const RowTerms<N, A>& row, const C
   return loss;
 }
 
-// What a row's gradient needs: dz_c = p_scale exp(z_c - m) - scale q_c, and dz_y on its own.
-template <class N, class A> struct GradFactors {
-  N p_scale, scale, dz_y;
+// Sum of p_c drop.
+template <class N, class A> INLINE N mean_drop(const RowTerms<N, A>& row) {
+  const RowSums<N>& sums = row.sums;
+  return (sums.e_drop + times_drop(row.e_y, sums.m - sums.z_y)) / (sums.so + row.e_y);
+}
 
-  INLINE GradFactors(const RowTerms<N, A>& row, const Call& call, N scale, N g_lse) : scale(scale) {
+// What a row's gradient needs: dz_c = (p_scale + h_scale drop) exp(z_c - m) - scale q_c, and dz_y on its own.
+template <class N, class A> struct GradFactors {
+  N p_scale, scale, dz_y, h_scale;
+
+  INLINE GradFactors(const RowTerms<N, A>& row, const Call& call, N scale, N g_lse, bool of_entropy, N g_entropy)
+      : scale(scale) {
     const RowSums<N>& sums = row.sums;
     const A L = A(call.options.lse_square_scale * call.ratio);
     const N inverse = 1 / (sums.so + row.e_y);
@@ -155,14 +166,24 @@ template <class N, class A> struct GradFactors {
     if (L != 0) others += 2 * L * (scale * row.lse);
     p_scale = (others + scale * sums.q_y) * inverse;
     dz_y = others * (row.e_y * inverse) - scale * sums.q_y * (sums.so * inverse);
+    h_scale = N{};
+    if (!of_entropy) return;
+    h_scale = g_entropy * inverse;
+    const N mean = mean_drop(row);
+    p_scale -= h_scale * mean;
+    dz_y += h_scale * (times_drop(row.e_y, sums.m - sums.z_y) - row.e_y * mean);
   }
+  INLINE N largest() const { return __builtin_fabs(h_scale) > __builtin_fabs(p_scale) ? h_scale : p_scale; }
 };
 
 // [5] row_grad
-// dx of classes other than y; slope() is dz/dx, asked for where it is not the same number everywhere.
-template <class F, class P, class Slope>
-INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P scale, bool capped, Slope slope) {
+// dx of classes other than y; slope() is dz/dx, asked for where it is not the same number everywhere, and drop() where
+// the entropy has an upstream gradient.
+template <class F, class P, class Drop, class Slope>
+INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P scale, P h_scale, bool of_entropy,
+                              Drop drop, bool capped, Slope slope) {
   typename F::V dx = p_scale * e_c;
+  if (of_entropy) dx += h_scale * times_drop(e_c, drop());
   if constexpr (F::DENSE) dx -= scale * q_c;
   if (capped) dx *= slope();
   return dx;
@@ -171,11 +192,7 @@ INLINE typename F::V row_grad(typename F::V e_c, typename F::V q_c, P p_scale, P
 // The gradient of a probability; `share` is the upstream gradient times 1 - e, `drop` m - z.
 template <class N, class V, class P> INLINE V target_grad(V drop, N lse_m, P share) { return share * (lse_m + drop); }
 
-template <class N, class A> INLINE N row_entropy(const RowTerms<N, A>& row) {
-  const RowSums<N>& sums = row.sums;
-  const N y_drop = row.e_y == 0 ? row.e_y : row.e_y * (sums.m - sums.z_y);
-  return row.lse_m + (sums.e_drop + y_drop) / (sums.so + row.e_y);
-}
+template <class N, class A> INLINE N row_entropy(const RowTerms<N, A>& row) { return row.lse_m + mean_drop(row); }
 INLINE Stats row_stats(double lse, double entropy, double L, int64_t argmax) {
   return {lse, L == 0 ? 0.0 : L * lse * lse, entropy, argmax};
 }
@@ -186,10 +203,10 @@ template <class A> A own_q(const Call& call, int64_t y) {
   return call.probs ? A(0) : A(1 - call.options.label_smoothing) * (w ? w[y] : A(1));
 }
 
-// The spread part of q for classes [begin, end) of a row: w_c ((1 - e) t_c + e / C), t = 0 under class indices.
+// The spread part of q for classes [begin, end) of a row: w_c ((1 - e) t_c + e / total), t = 0 under class indices.
 template <class A> void spread_q(A* q, const Call& call, int64_t t_offset, int64_t begin, int64_t end) {
   const double e = call.options.label_smoothing;
-  const A u = A(e / double(call.C)), share = A(1 - e);
+  const A u = A(e / double(call.total)), share = A(1 - e);
   const A* w = static_cast<const A*>(call.weight);
   if (call.probs)
     read_elements(q, call.target.data, call.target.dtype, t_offset + begin * call.target.class_stride,
@@ -204,6 +221,17 @@ template <class A> void spread_q(A* q, const Call& call, int64_t t_offset, int64
     if (whole) store(q + i, q_c);
     else store_first(q + i, q_c, n);
   }
+}
+
+// The sums of a row of contract.RowSums, in and out.
+INLINE RowSums<double> load_sums(const Call& call, int64_t row) {
+  const auto field = [&](int i) { return call.sums[i * call.rows + row]; };
+  return {field(0), field(1), field(2), field(3), field(4), field(5), field(6), field(7)};
+}
+INLINE void store_sums(const Call& call, int64_t row, const RowSums<double>& sums) {
+  const auto field = [&](int i) -> double& { return call.sums[i * call.rows + row]; };
+  field(0) = sums.m, field(1) = sums.so, field(2) = sums.z_y, field(3) = sums.q_y;
+  field(4) = sums.q_others, field(5) = sums.q_drop, field(6) = sums.e_drop, field(7) = sums.argmax;
 }
 
 void combine_numbers(double* sums, const double* after, bool probs) {

@@ -58,7 +58,7 @@ template <class F> INLINE void load_q(typename F::V* q, const Call& call, const 
   TYPES(F);
   const A* const w = static_cast<const A*>(call.weight);
   const double e = call.options.label_smoothing;
-  const V u = splat(A(e / double(call.C)));
+  const V u = splat(A(e / double(call.total)));
   const A share = A(1 - e);
   const auto set = [&](int64_t c, V q_c) LAMBDA { q[c] = w ? q_c * w[part.begin + c] : q_c; };
   if (!call.probs) {

@@ -1,11 +1,10 @@
 // Knows the names of torch's attributes, and of a call only what every drop-in has to ask.
 #include "tensors.h"
 
-#include <string>
-
-namespace py = pybind11;
-
 namespace fused_ce::tensors {
+
+using namespace python;
+
 namespace {
 
 // DLPack's table, version 1.x, as far as it is used.
@@ -24,18 +23,10 @@ PyObject *is_neg, *requires_grad;
 // allocator would give either, Python looks closer.
 constexpr uintptr_t LEAST_ADDRESS = uintptr_t(1) << 40;
 
-bool is_true(PyObject* answer) {
-  if (!answer) throw py::error_already_set();
-  const int truth = PyObject_IsTrue(answer);
-  Py_DECREF(answer);
-  if (truth < 0) throw py::error_already_set();
-  return truth;
-}
-
 bool any_is_at_work(PyObject* watchers) {
-  if (!PyTuple_Check(watchers)) throw py::type_error("expected a tuple of functions");
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watchers); i++)
-    if (is_true(PyObject_CallNoArgs(PyTuple_GET_ITEM(watchers, i)))) return true;
+  if (!PyTuple_Check(watchers)) raise(PyExc_TypeError, "expected a tuple of functions");
+  for (Py_ssize_t i = 0; i < PyTuple_Size(watchers); i++)
+    if (is_true(Owned(PyObject_CallNoArgs(PyTuple_GetItem(watchers, i))).get())) return true;
   return false;
 }
 
@@ -51,22 +42,22 @@ bool is_plain(PyObject* tensor, Tensor& seen) {
   if (!is_on_cpu(seen) || seen.dims > MAX_DIMS || !dlpack::find(seen.dtype, seen.ours)) return false;
   if (uintptr_t(seen.data) < LEAST_ADDRESS) return false;
   const bool is_float = seen.ours < DType::int64;
-  return !is_float || !is_true(PyObject_CallMethodNoArgs(tensor, is_neg));
+  return !is_float || !is_true(Owned(PyObject_CallMethodObjArgs(tensor, is_neg, nullptr)).get());
 }
 
 // torch's own options as numbers and names of the types that it documents, all others as they are by default.
 bool are_common(PyObject* options, int64_t& ignore_index, double& smoothing) {
-  const auto field = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(options, i); };
-  if (!PyTuple_Check(options) || PyTuple_GET_SIZE(options) != 11) return false;
+  const auto field = [&](Py_ssize_t i) { return PyTuple_GetItem(options, i); };
+  if (!PyTuple_Check(options) || PyTuple_Size(options) != 12) return false;
   if (!PyLong_CheckExact(field(0)) || !PyFloat_CheckExact(field(1)) || !PyFloat_CheckExact(field(2))) return false;
   if (!PyFloat_CheckExact(field(4))) return false;
   int overflow;
   ignore_index = PyLong_AsLongLongAndOverflow(field(0), &overflow);
-  smoothing = PyFloat_AS_DOUBLE(field(1));
-  if (overflow || smoothing > 1 || PyFloat_AS_DOUBLE(field(2)) != 1 || PyFloat_AS_DOUBLE(field(4)) != 0) return false;
+  smoothing = PyFloat_AsDouble(field(1));
+  if (overflow || smoothing > 1 || PyFloat_AsDouble(field(2)) != 1 || PyFloat_AsDouble(field(4)) != 0) return false;
   Reduction reduction;
   if (!find_reduction(field(5), reduction)) return false;
-  for (const int i : {3, 6, 7, 8})  // softcap, dtype, num_items, grad_scale
+  for (const int i : {3, 6, 7, 8, 11})  // softcap, dtype, num_items, grad_scale, shard
     if (field(i) != Py_None) return false;
   return field(9) == Py_False && field(10) == Py_False;  // inplace, return_stats
 }
@@ -80,30 +71,32 @@ bool same_sizes(const Tensor& rows, const Tensor& input) {
 
 }  // namespace
 
-void meet(const py::type& tensor, const py::type& parameter) {
-  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-  const auto* offered = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!offered) throw py::error_already_set();
+void meet(PyObject* tensor, PyObject* parameter) {
+  if (!PyType_Check(tensor) || !PyType_Check(parameter)) raise(PyExc_TypeError, "expected two types");
+  const Owned capsule(PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__"));
+  const auto* offered = static_cast<ExchangeApi*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
+  if (!offered) throw Raised();
   if (offered->version.major != 1)
-    throw py::import_error("expected version 1 of DLPack from torch, got " + std::to_string(offered->version.major));
+    raise(PyExc_ImportError, "expected version 1 of DLPack from torch, got " + std::to_string(offered->version.major));
   api = offered;
-  plain[0] = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
-  plain[1] = reinterpret_cast<PyTypeObject*>(py::object(parameter).release().ptr());
+  Py_INCREF(tensor), Py_INCREF(parameter);
+  plain[0] = reinterpret_cast<PyTypeObject*>(tensor), plain[1] = reinterpret_cast<PyTypeObject*>(parameter);
   is_neg = PyUnicode_InternFromString("is_neg");
   requires_grad = PyUnicode_InternFromString("requires_grad");
 }
 
 Tensor read(PyObject* tensor, DType last) {
-  if (!api || !PyObject_TypeCheck(tensor, plain[0]))
-    throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(tensor)->tp_name);
+  if (!api || !PyObject_TypeCheck(tensor, plain[0])) {
+    PyErr_Format(PyExc_TypeError, "expected a torch.Tensor, got %R", Py_TYPE(tensor));
+    throw Raised();
+  }
   Tensor seen{};
-  if (api->read(tensor, &seen)) throw py::error_already_set();
-  if (!is_on_cpu(seen)) throw py::value_error("expected a tensor on the cpu");
+  if (api->read(tensor, &seen)) throw Raised();
+  if (!is_on_cpu(seen)) refuse("expected a tensor on the cpu");
   if (seen.dims > MAX_DIMS)
-    throw py::value_error("expected at most " + std::to_string(MAX_DIMS) + " dimensions, got " +
-                          std::to_string(seen.dims));
+    refuse("expected at most " + std::to_string(MAX_DIMS) + " dimensions, got " + std::to_string(seen.dims));
   if (!dlpack::find(seen.dtype, seen.ours) || seen.ours > last)
-    throw py::value_error("expected a tensor of another dtype; see _C.pyi");
+    refuse("expected a tensor of another dtype; see _C.pyi");
   return seen;
 }
 
@@ -117,7 +110,7 @@ void* elements(PyObject* tensor, int64_t count, DType dtype) {
     found *= seen.sizes[d];
   }
   if (found != count || seen.ours != dtype || (found && !(contiguous && seen.data)))
-    throw py::value_error("expected " + std::to_string(count) + " contiguous elements of the dtype in _C.pyi");
+    refuse("expected " + std::to_string(count) + " contiguous elements of the dtype in _C.pyi");
   return seen.data;
 }
 
@@ -132,8 +125,9 @@ bool find_reduction(PyObject* name, Reduction& found) {
 }
 
 bool is_common(PyObject* call, PyObject* watchers, PyObject* of_halves) {
-  if (!api || !PyTuple_Check(call) || PyTuple_GET_SIZE(call) != 4) return false;
-  PyObject* const* const items = &PyTuple_GET_ITEM(call, 0);
+  if (!api || !PyTuple_Check(call) || PyTuple_Size(call) != 4) return false;
+  PyObject* items[4];
+  for (int i = 0; i < 4; i++) items[i] = PyTuple_GetItem(call, i);
   int64_t ignore_index;
   double smoothing;
   if (!are_common(items[3], ignore_index, smoothing)) return false;
@@ -156,7 +150,8 @@ bool is_common(PyObject* call, PyObject* watchers, PyObject* of_halves) {
   if (items[2] == Py_None) return true;
   // torch does not take weights with both uint8 targets and smoothing, and makes a gradient for those that want one.
   return is_plain(items[2], weight) && weight.ours == input.ours && weight.dims == 1 && weight.sizes[0] == C &&
-         !(target.ours == DType::uint8 && smoothing > 0) && !is_true(PyObject_GetAttr(items[2], requires_grad));
+         !(target.ours == DType::uint8 && smoothing > 0) &&
+         !is_true(Owned(PyObject_GetAttr(items[2], requires_grad)).get());
 }
 
 }  // namespace fused_ce::tensors

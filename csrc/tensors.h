@@ -1,14 +1,13 @@
 // torch's tensors as C sees them, through the table of functions that torch offers to C (DLPack's exchange API): a
 // tenth of the time that the same takes through a tensor's attributes in Python.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include "dlpack.h"
+#include "python.h"
 
 namespace fused_ce::tensors {
 
 // Before anything else here: the type of torch's tensors, whose attribute the table is, and that of parameters.
-void meet(const pybind11::type& tensor, const pybind11::type& parameter);
+void meet(PyObject* tensor, PyObject* parameter);
 
 struct Tensor : dlpack::Tensor { DType ours; };
 

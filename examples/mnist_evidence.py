@@ -1,7 +1,9 @@
-"""Two close looks: how exact each loss and gradient is, and what happens where the scratch loss becomes NaN."""
+"""Three close looks: how exact each loss and gradient is, where the scratch loss becomes NaN, and how fast on what."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,8 @@ from scratch import CrossEntropy, log_softmax, nll
 from torch import Tensor
 
 import fused_ce
+
+SECONDS_TIMED = 1.0  # a size
 
 
 @dataclass
@@ -86,3 +90,37 @@ def look_at_nan(step: int, batches: list[Batch], lr: float, seed: int, device: s
     gap = (z.max(-1)[0] - z.min(-1)[0]).max().item()
     zeros = int((scratch.softmax == 0).sum())
     return AtTheNaN(step, gap, zeros, value, F.cross_entropy(z, y).item(), fused_ce.cross_entropy(z, y).item())
+
+
+@dataclass
+class Speed:
+    """Median seconds of loss and gradient, torch and fused_ce in turns."""
+
+    N: int
+    C: int
+    torch: float
+    fused_ce: float
+
+    @property
+    def ratio(self) -> float:
+        return self.torch / self.fused_ce
+
+
+def speeds(batch_size: int, device: str) -> list[Speed]:
+    """On this demo's own logits' size, on many rows, and on a vocabulary."""
+    return [_speed(N, C, device) for N, C in ((batch_size, 10), (20000, 10), (128, 32000))]
+
+
+def _speed(N: int, C: int, device: str) -> Speed:
+    z, y = torch.randn(N, C, device=device, requires_grad=True), torch.randint(C, (N,), device=device)
+    seconds: dict[str, list[float]] = {"torch": [], "fused_ce": []}
+    until = time.perf_counter() + SECONDS_TIMED
+    while time.perf_counter() < until or len(seconds["torch"]) < 3:
+        for name, loss in (("torch", F.cross_entropy), ("fused_ce", fused_ce.cross_entropy)):
+            began = time.perf_counter()
+            loss(z, y).backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+            z.grad = None
+    return Speed(N, C, *(statistics.median(of) for of in seconds.values()))

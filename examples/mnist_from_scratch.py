@@ -11,85 +11,51 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import mnist_answer
-import mnist_data
-import mnist_plot
-import mnist_report
-import torch
-from mnist_data import Digits
-from mnist_evidence import compare, look_at_nan
-from mnist_training import Run, batches_of, formula_run, three_runs, train
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-import fused_ce
-from fused_ce.backends import dispatch
-from fused_ce.contract import Call
-from fused_ce.options import Options
-
-COMPARED_ON = 1000  # digits whose gradients are compared
 PICTURES = (".png", ".svg", ".pdf")
 
 
+class Steps:
+    """What is being done: a bar in a terminal, a line each elsewhere."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bar = self.progress.add_task("", total=total)
+
+    def now(self, what: str) -> None:
+        """`what` begins."""
+        self.progress.update(self.bar, description=what)
+        if self.progress.disable:
+            self.progress.console.print(f"{what} ...")
+
+    def done(self) -> None:
+        """One of `total` more."""
+        self.progress.advance(self.bar)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    began, options = time.perf_counter(), _parse(arguments)
+    options = _parse(arguments)
     # A fixed width for files and pipes, where nobody's window decides.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-    digits, held_out = options.digits.to(options.device), options.held_out.to(options.device)
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and wait for it when others run
+    steps = Steps(console, options.epochs + 4)
+    with steps.progress:
+        steps.now("importing torch")
+        # Not above: it takes seconds, and the bar is to be there before.
+        import mnist_data
+        import mnist_demo
 
-    reset = three_runs(True, options.seed, options.device)
-    posted = [*three_runs(False, options.seed, options.device), formula_run(False, options.seed, options.device)]
-    settings = (
-        f"Linear(784, 50), ReLU, Linear(50, 10) on {len(digits.y):,} MNIST digits, {len(held_out.y):,} held out; SGD, "
-        f"lr {options.lr:g}, batches of {options.batch_size}, {options.epochs} epochs, seed {options.seed}"
-    )
-    with torch.no_grad():
-        chosen = dispatch.choose(Call(reset[0].logits(digits.x[:2]), digits.y[:2], None, Options()), None)
-    runs = f"its {dispatch.name_of(chosen)} kernels" if chosen else "torch's own operators"
-    console.print(f"{settings}.\nfused_ce {fused_ce.__version__} runs {runs}; torch {torch.__version__}.\n")
-
-    _train(console, reset + posted, digits, held_out, options)
-
-    console.print("1. Gradients reset every step")
-    console.print(mnist_report.training_table(reset))
-    console.print(mnist_report.spread_line(reset))
-    console.print("\n2. Gradients never reset, as posted")
-    console.print(mnist_report.training_table(posted))
-    console.print(mnist_report.spread_line(posted[:3]))
-    console.print(
-        "\nSeconds are medians over the epochs, the runs taking turns. Indicative only: one cross entropy here is "
-        f"{options.batch_size} x 10 logits, where the fixed cost of a call decides. fused_ce pays where there are "
-        "thousands of rows or of classes: docs/performance.md."
-    )
-    with torch.no_grad():
-        z, y = reset[1].logits(digits.x[:COMPARED_ON]), digits.y[:COMPARED_ON]
-    console.print(
-        f"\n3. Errors against float64 at the logits of {len(y):,} training digits, weights of torch's run in 1:\n"
-        "of the loss; of the gradient, relative to its largest entry; of its worst entry, relative to that entry."
-    )
-    console.print(mnist_report.exactness_table(compare(z, y)))
-
-    step = posted[-1].history.first_nan
-    batches = batches_of(digits, options.batch_size)
-    nan = None if step is None else look_at_nan(step, batches, options.lr, options.seed, options.device)
-    console.print(f'\n"{mnist_answer.QUESTION}"')
-    for sentence in mnist_answer.answer(reset, posted, nan):
-        console.print(f"- {sentence}")
-    mnist_plot.draw(reset, posted, settings, options.out)
-    console.print(f"\nWrote {options.out} ({time.perf_counter() - began:.0f} seconds in all).", soft_wrap=True)
-    return 0
-
-
-def _train(console: Console, runs: list[Run], digits: Digits, held_out: Digits, options: argparse.Namespace) -> None:
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training", total=options.epochs)
-        for epoch in train(runs, digits, held_out, options.epochs, options.lr, options.batch_size):
-            progress.update(bar, completed=epoch)
+        try:
+            return mnist_demo.run(options, console, steps)
+        except mnist_data.DataError as error:
+            steps.progress.stop()
+            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+            return 2
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -106,13 +72,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"expected --out in a folder that exists, got {options.out}; make {options.out.parent} first")
     if options.out.suffix not in PICTURES:
         parser.error(f"expected --out to end in one of {', '.join(PICTURES)}, got {options.out}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("expected a CUDA GPU for --device cuda; torch sees none here. Leave --device out.")
-    try:
-        read = mnist_data.from_idx(options.idx) if options.idx else mnist_data.bundled(options.seed)
-    except mnist_data.DataError as error:
-        parser.error(str(error))
-    options.digits, options.held_out = read
     return options
 
 

@@ -27,7 +27,7 @@ def draw(reset: list[Run], posted: list[Run], settings: str, path: Path) -> None
     for axes, runs, title in ((left, reset, _left_title(reset)), (right, posted, _right_title(reset, posted))):
         _curves(axes, runs)
         axes.set_title(title, loc="left", fontsize=11.5)
-    left.set_ylabel("cross entropy on training digits")
+    left.set_ylabel("cross entropy on training digits (nats, mean)")
     left.legend(frameon=False, loc="upper right", fontsize=10, handlelength=3)
     _mark_nan(right, posted)
     figure.supxlabel(settings, fontsize=8.5, color="0.35")
@@ -41,7 +41,9 @@ def _curves(axes: Axes, runs: list[Run]) -> None:
             axes.plot(h.epochs, h.losses, label=_label(name), **style)
     last = max(run.history.epochs[-1] for run in runs)
     highest = max((loss for run in runs for loss in run.history.losses if math.isfinite(loss)), default=1.0)
-    axes.set(xlabel="epoch", xlim=(0, last * 1.2), ylim=(0, min(1.08 * highest, 10.0)))
+    axes.set(
+        xlabel="epoch (passes over the training digits)", xlim=(0, last * 1.2), ylim=(0, min(1.08 * highest, 10.0))
+    )
     axes.set_xticks([t for t in axes.get_xticks() if t <= last])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 
 from mnist_answer import at_epochs, spread
-from mnist_evidence import Exactness
+from mnist_evidence import Exactness, Speed
 from mnist_training import Run
 from rich import box
 from rich.table import Table
+
+PAYS = 1.2  # times as fast; less is noise in a demo
 
 
 def training_table(runs: list[Run]) -> Table:
@@ -34,6 +36,26 @@ def exactness_table(rows: list[Exactness]) -> Table:
     for row in rows:
         table.add_row(row.name, *(f"{error:.1e}" for error in (row.loss, row.grad, row.entry, row.from_torch)))
     return table
+
+
+def speed_table(rows: list[Speed]) -> Table:
+    table = _table("logits")
+    for name in ("torch", "fused_ce", "times as fast"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        seconds = (f"{value * 1e3:.3f} ms" for value in (row.torch, row.fused_ce))
+        table.add_row(f"{row.N} x {row.C}", *seconds, f"{row.ratio:.1f}")
+    return table
+
+
+def speed_line(rows: list[Speed]) -> str:
+    """Where it pays and where not, by what was just measured."""
+    pays = [f"{row.N} x {row.C}" for row in rows if row.ratio > PAYS]
+    not_here = [f"{row.N} x {row.C}" for row in rows if row.ratio <= PAYS]
+    said = (("It pays at", pays), ("not at", not_here)) if pays else (("It does not pay at", not_here),)
+    text = "; ".join(f"{words} {' and '.join(sizes)}" for words, sizes in said if sizes)
+    fixed = ", where a call's fixed cost decides" if not_here and rows[0].ratio <= PAYS else ""
+    return f"{text}{fixed}. docs/performance.md has more sizes."
 
 
 def spread_line(runs: list[Run]) -> str:

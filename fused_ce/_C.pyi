@@ -1,4 +1,4 @@
-"""Types of csrc/bindings.cpp and csrc/tensors.cpp."""
+"""Types of csrc/bindings.cpp, csrc/arguments.cpp and csrc/tensors.cpp."""
 
 from collections.abc import Callable
 
@@ -72,6 +72,7 @@ def backward(
     upstream: Tensor | None,  # (rows) acc, of the loss; None: one for all
     scale: float,  # what multiplies them
     of_lse: Tensor | None,  # (rows) acc, of lse
+    of_entropy: Tensor | None,  # (rows) acc, of the entropy
     grad: Tensor,  # the input's shape
     d_target: Tensor | None,  # the target's shape
     saved: Tensor,
@@ -79,3 +80,30 @@ def backward(
     /,
 ) -> None:
     """Write the gradients. IndexError for a target out of range."""
+
+def part(
+    input: Tensor,  # (N, C, d1..dk) or (C), the classes that options.shard names
+    target: Tensor,  # (N, d1..dk) or ()
+    weight: Tensor | None,  # (total,) acc
+    options: Options,
+    sums: Tensor,  # (8, rows) float64
+    threads: int,
+    /,
+) -> None:
+    """Write the sums. IndexError for a target outside of all classes."""
+
+def finish(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,  # (total,) acc
+    options: Options,
+    sums: Tensor,  # (8, rows) float64, of whole rows
+    upstream: Tensor | None,  # (rows) acc, of the cross entropy; None: one for all
+    scale: float,  # what multiplies them
+    of_lse: Tensor | None,  # (rows) acc, of lse
+    of_entropy: Tensor | None,  # (rows) acc, of the entropy
+    grad: Tensor,  # the input's shape
+    threads: int,
+    /,
+) -> None:
+    """Write the gradient. IndexError for a target outside of all classes."""

@@ -1,13 +1,19 @@
-"""`python -m fused_ce`: what is installed, which backend takes which call and why not, and a check against float64."""
+"""`python -m fused_ce`: what is installed, which backend takes which call and why not, and a check against float64.
+
+With --json, the same as one JSON object, for reports of bugs.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import os
 import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +34,8 @@ SHAPES = ((1, 1), (4, 10), (7, 17), (3, 1000))  # one class, MNIST, just above a
 # 16-bit result may lose; float32 also pays for rounding x - m, and the float64 truth is itself rounded.
 BOUNDS = {torch.float32: 16.0, torch.float64: 32.0, torch.bfloat16: 0.51, torch.float16: 0.51}
 
+VARIABLES = ("FUSED_CE_ISA", "FUSED_CE_BACKEND", "FUSED_CE_POOL", "FUSED_CE_SELF_CHECK", "TRITON_INTERPRET")
+
 
 class Variant(NamedTuple):
     """One implementation that can run here."""
@@ -40,7 +48,28 @@ class Variant(NamedTuple):
         return " ".join(filter(None, (self.backend, self.isa, "" if self.device == "cpu" else self.device)))
 
 
-def main() -> int:
+class Checked(NamedTuple):
+    """Largest errors of one implementation in one dtype, in ULP; NaN where it raised."""
+
+    variant: Variant
+    dtype: torch.dtype
+    loss: float
+    grad: float
+    problem: str  # "" where there is none
+
+    @property
+    def is_truth(self) -> bool:
+        return self.variant.backend == "torch" and self.dtype == torch.float64
+
+
+def main(arguments: list[str] | None = None) -> int:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m fused_ce", description=__doc__, formatter_class=about)
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of the tables")
+    if parser.parse_args(arguments).json:
+        found = as_json()
+        print(json.dumps(found, indent=1, allow_nan=False))
+        return 0 if found["passed"] else 1
     line = ""
     for part in (installed(), backends(), matrix_products(), self_check()):
         for line in part:
@@ -49,45 +78,105 @@ def main() -> int:
     return 0 if line == "pass" else 1
 
 
-def installed() -> Iterator[str]:
-    yield f"fused_ce {__version__}"
-    yield f"  Python       {platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield f"  torch        {torch.__version__}, {torch.get_num_threads()} threads (torch.set_num_threads changes it)"
+def as_json() -> dict[str, Any]:
+    """All that the tables hold; errors in ULP as [loss, gradient], null where they are not finite."""
+    results = [result for row in checks() for result in row]
+    errors: dict[str, dict[str, list[float | None]]] = {}
+    for result in results:
+        pair = [number if math.isfinite(number) else None for number in (result.loss, result.grad)]
+        errors.setdefault(str(result.variant), {})[name(result.dtype)] = pair
+    problems = [*(result.problem for result in results if result.problem), *lacking()]
+    taken, declined = choices()
+    return {
+        **facts(),
+        "backends": taken,
+        "declined": declined,
+        "matrix_products": list(matrix_products()),
+        "errors_in_ulp": errors,
+        "first_launches": list(first_look.report()),
+        "problems": problems,
+        "passed": not problems,
+    }
+
+
+def lacking() -> list[str]:
+    """That the kernels are missing, where nobody left them out on purpose."""
+    return [missing.reason()] if _C is None and not missing.left_out() else []
+
+
+def facts() -> dict[str, Any]:
     try:
-        yield f"  triton       {metadata.version('triton')}"
+        triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        yield "  triton       not installed: calls on a GPU run torch's own operators; pip install triton"
-    for i in range(torch.cuda.device_count()):
-        yield f"  GPU {i}        {torch.cuda.get_device_name(i)}"
-    if _C is None:
-        yield "  C++ kernels  missing: calls on the CPU run torch's own operators; the last line says what helps"
+        triton = None
+    kernels = (
+        None
+        if _C is None
+        else {
+            "isa": _C.isa(),
+            "isas": list(_C.isa_names()),
+            "openmp": bool(_C.openmp),
+            "compiler": getattr(_C, "compiler", None),
+        }
+    )
+    return {
+        "fused_ce": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "triton": triton,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "kernels": kernels,
+        "environment": {variable: os.environ[variable] for variable in VARIABLES if variable in os.environ},
+    }
+
+
+def installed() -> Iterator[str]:
+    here = facts()
+    yield f"fused_ce {__version__}"
+    yield f"  Python       {here['python']} on {here['system']}"
+    yield f"  torch        {here['torch']}, {here['threads']} threads (torch.set_num_threads changes it)"
+    without = "not installed: calls on a GPU run torch's own operators; pip install triton"
+    yield f"  triton       {here['triton'] or without}"
+    for i, gpu in enumerate(here["gpus"]):
+        yield f"  GPU {i}        {gpu}"
+    if kernels := here["kernels"]:
+        compiler = f", by {kernels['compiler']}" if kernels["compiler"] else ""
+        isas = ", ".join(kernels["isas"])
+        yield f"  C++ kernels  instruction set {kernels['isa']}, of {isas} (FUSED_CE_ISA forces one)"
+        yield f"               {'with' if kernels['openmp'] else 'without'} OpenMP{compiler}"
     else:
-        compiler = f", by {_C.compiler}" if hasattr(_C, "compiler") else ""
-        yield f"  C++ kernels  instruction set {_C.isa()}, of {', '.join(_C.isa_names())} (FUSED_CE_ISA forces one)"
-        yield f"               {'with' if _C.openmp else 'without'} OpenMP{compiler}"
-    for variable in ("FUSED_CE_ISA", "FUSED_CE_BACKEND", "FUSED_CE_SELF_CHECK", "TRITON_INTERPRET"):
-        if variable in os.environ:
-            yield f"  environment  {variable}={os.environ[variable]}"
+        why = "the last line says what helps" if lacking() else "the package was built so (FUSED_CE_BUILD=0)"
+        yield f"  C++ kernels  missing: calls on the CPU run torch's own operators; {why}"
+    for variable, value in here["environment"].items():
+        yield f"  environment  {variable}={value}"
+
+
+def choices() -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:
+    """By device and dtype, the backend that `cross_entropy(input, target)` takes; by reason, the dtypes declined."""
+    taken: dict[str, dict[str, str]] = {device: {} for device in DEVICES}
+    reasons: dict[str, list[str]] = {}
+    for device in DEVICES:
+        for dtype in DTYPES:
+            call = _small_call(device, dtype)
+            try:
+                taken[device][name(dtype)] = dispatch.name_of(dispatch.choose(call, None))
+            except (NotImplementedError, ValueError):
+                taken[device][name(dtype)] = "error"
+            for other, module in dispatch.BACKENDS.items():
+                for reason in module.unsupported(call):
+                    reasons.setdefault(f"backend {other} declines {device} tensors: {reason}", []).append(name(dtype))
+    return taken, reasons
 
 
 def backends() -> Iterator[str]:
     """Which backend `cross_entropy(input, target)` takes, and what the others have against it."""
     yield "Backend of a call, by device and dtype of the logits (torch: torch's own operators)"
     yield "  device" + "".join(f"{name(dtype):>10}" for dtype in DTYPES)
-    reasons: dict[str, list[str]] = {}
-    for device in DEVICES:
-        row = f"  {device:6}"
-        for dtype in DTYPES:
-            call = _small_call(device, dtype)
-            try:
-                taken = dispatch.name_of(dispatch.choose(call, None))
-            except (NotImplementedError, ValueError):
-                taken = "error"
-            row += f"{taken:>10}"
-            for other, module in dispatch.BACKENDS.items():
-                for reason in module.unsupported(call):
-                    reasons.setdefault(f"backend {other} declines {device} tensors: {reason}", []).append(name(dtype))
-        yield row
+    taken, reasons = choices()
+    for device, by_dtype in taken.items():
+        yield f"  {device:6}" + "".join(f"{backend:>10}" for backend in by_dtype.values())
     for reason, dtypes in reasons.items():
         yield f"  {reason}" + ("" if len(dtypes) == len(DTYPES) else f" ({', '.join(dtypes)})")
     if forced := os.environ.get("FUSED_CE_BACKEND"):
@@ -116,34 +205,44 @@ def self_check() -> Iterator[str]:
     yield "Self-check: largest error of loss / gradient against float64, in units of the dtype's last digit (ULP)"
     yield f"{'':16}" + "".join(f"{name(dtype):>16}" for dtype in DTYPES)
     yield f"{'  allowed':16}" + "".join(f"{BOUNDS[dtype]:16.2f}" for dtype in DTYPES)
-    failed, chosen_isa = [], _C and _C.isa()
-    for variant in variants():
-        if variant.isa:
-            _C.set_isa(variant.isa)
-        row = f"  {variant!s:14}"
-        for dtype in DTYPES:
-            try:
-                loss, grad = (max(errors) for errors in zip(*errors_of(variant, dtype), strict=True))
-            except Exception as error:  # a compiler that Triton misses, say: the others are checked all the same
-                row += f"{'error':>16}"
-                failed.append(f"{variant} {name(dtype)} ({type(error).__name__}: {error})")
-                continue
-            # Triton's interpreter on the CPU cuts float32 off to make bfloat16, where a GPU rounds.
-            cuts = variant.backend == "triton" and variant.device == "cpu" and dtype == torch.bfloat16
-            if variant.backend != "torch" and max(loss, grad) > (1.01 if cuts else BOUNDS[dtype]):
-                failed.append(f"{variant} {name(dtype)} (more than allowed)")
-            truth = variant.backend == "torch" and dtype == torch.float64
-            row += f"{'the truth' if truth else f'{loss:.2f} / {grad:.2f}':>16}"
-        yield row
-    if chosen_isa:
-        _C.set_isa(chosen_isa)
+    failed = []
+    for results in checks():
+        cells = (
+            "error" if math.isnan(its.loss) else "the truth" if its.is_truth else f"{its.loss:.2f} / {its.grad:.2f}"
+            for its in results
+        )
+        yield f"  {results[0].variant!s:14}" + "".join(f"{cell:>16}" for cell in cells)
+        failed += [result.problem for result in results if result.problem]
     yield from first_launches()
     if failed:
         yield f"FAIL: {', '.join(failed)}. Please report this output."
-    elif _C is None:
-        yield f"FAIL: {missing.reason()}."
+    elif lacking():
+        yield f"FAIL: {lacking()[0]}."
     else:
         yield "pass"
+
+
+def checks() -> Iterator[list[Checked]]:
+    """Every implementation that runs here, one list of all dtypes after another."""
+    chosen_isa = _C and _C.isa()
+    for variant in variants():
+        if variant.isa:
+            _C.set_isa(variant.isa)
+        yield [check(variant, dtype) for dtype in DTYPES]
+    if chosen_isa:
+        _C.set_isa(chosen_isa)
+
+
+def check(variant: Variant, dtype: torch.dtype) -> Checked:
+    try:
+        loss, grad = (max(errors) for errors in zip(*errors_of(variant, dtype), strict=True))
+    except Exception as error:  # a compiler that Triton misses, say: the others are checked all the same
+        problem = f"{variant} {name(dtype)} ({type(error).__name__}: {error})"
+        return Checked(variant, dtype, math.nan, math.nan, problem)
+    # Triton's interpreter on the CPU cuts float32 off to make bfloat16, where a GPU rounds.
+    cuts = variant.backend == "triton" and variant.device == "cpu" and dtype == torch.bfloat16
+    wrong = variant.backend != "torch" and max(loss, grad) > (1.01 if cuts else BOUNDS[dtype])
+    return Checked(variant, dtype, loss, grad, f"{variant} {name(dtype)} (more than allowed)" if wrong else "")
 
 
 def first_launches() -> Iterator[str]:

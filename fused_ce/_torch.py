@@ -7,6 +7,7 @@ costs a copy, but is never wrong.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 
 def _find(path: str, otherwise: Any = None) -> Any:
@@ -55,6 +57,7 @@ _unwrap_if_dead: Callable[[Tensor], Tensor] = _find("_C._functorch.unwrap_if_dea
 # Swaps all that two storages hold. Without it, the memory of a tensor made elsewhere cannot be resized.
 swap: Callable[[Any, Any], None] | None = _find("UntypedStorage._swap_data_ptr_")
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _PID = os.getpid()
 T = TypeVar("T")
 
@@ -79,6 +82,11 @@ def is_watched() -> bool:
 def is_dispatched() -> bool:
     """Whether something watches torch's operators: it is to see the kernels as one of them."""
     return _dispatch_modes() > 0
+
+
+def is_overridden(tensors: tuple[Any, ...]) -> bool:  # of Tensor | None
+    """Whether a subclass or a mode is to see the call of a torch function with them."""
+    return has_torch_function(tensors) and (is_watched() or any(type(tensor) not in _PLAIN for tensor in tensors))
 
 
 # The above as functions that answer with something true where it is at work, and what matters to 16 bits only.
@@ -149,6 +157,12 @@ def _same(tensor: Tensor) -> Tensor:
 def version(tensor: Tensor) -> int:
     """How often the tensor was changed in place; inference tensors do not count their changes."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor; nothing is imported to find out, as there is none before its module is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def shares_a_leaf(tensor: Tensor) -> bool:

@@ -87,32 +87,34 @@ class CrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if stats is None:
             return loss
-        ctx.mark_non_differentiable(stats.z_loss, stats.argmax, stats.entropy)
+        ctx.mark_non_differentiable(stats.z_loss, stats.argmax)
         return loss, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *of_stats: Tensor | None) -> Any:
+        g_lse, _, _, g_entropy = of_stats or (None,) * 4
         read = _torch.saved(ctx)
         target, grad = _torch.with_memory(read(_TARGET)), _torch.with_memory(read(_GRAD))
         if ctx.overwrote:
             _check_unchanged(ctx, grad)
         # create_graph=True, or a transform of this backward: only differentiable operators will do.
-        if torch.is_grad_enabled() or _torch.is_transformed(grad_output) or _torch.is_transformed(g_lse):
+        if torch.is_grad_enabled() or any(map(_torch.is_transformed, (grad_output, g_lse, g_entropy))):
             call = Call(_logits(ctx, read), target, _torch.with_memory(read(_WEIGHT)), ctx.options)
-            return *differentiable(call, ctx.composite, ctx.needs_input_grad, grad_output, g_lse), *_NO_GRADIENTS
+            received = grad_output, g_lse, g_entropy
+            return *differentiable(call, ctx.composite, ctx.needs_input_grad, *received), *_NO_GRADIENTS
         options, backend, keep = ctx.options, ctx.backend, _torch.keeps_graph()
         if not keep:
             ctx.waits = None
         g_loss = target.new_zeros((), dtype=torch.float32) if grad_output is None else grad_output
         g_loss = _torch.with_memory(g_loss)
         dx, dt = None, None
-        if g_lse is not None:
-            grad = None  # it was made for an lse without an upstream gradient
+        if g_lse is not None or g_entropy is not None:
+            grad = None  # it was made for statistics without an upstream gradient
         if grad is not None:
             dx = backend.rescale(grad, target, options, g_loss, keep, exactly=not options.inplace)
         if dx is None:
             weight, saved = _torch.with_memory(read(_WEIGHT)), read(_SAVED)
-            upstream = Upstream(g_loss, _torch.with_memory(g_lse))
+            upstream = Upstream(g_loss, _torch.with_memory(g_lse), _torch.with_memory(g_entropy))
             # Read as late as here, because torch lets them be changed in place after forward.
             try:
                 call = Call(_logits(ctx, read), target, weight, options)
@@ -162,16 +164,21 @@ def frozen(options: Options) -> Options:
 
 
 def differentiable(
-    call: Call, composite: Composite, wanted: Sequence[bool], grad_output: Tensor | None, g_lse: Tensor | None
+    call: Call,
+    composite: Composite,
+    wanted: Sequence[bool],
+    grad_output: Tensor | None,  # () or R
+    g_lse: Tensor | None,  # R
+    g_entropy: Tensor | None,  # R
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the logits and of probabilities, where wanted, out of operators that every transform takes."""
     if _torch.under_transforms():  # whose levels autograd.grad would not see
         g_loss = call.input.new_zeros(()) if grad_output is None else grad_output
-        return operators.gradients(call, g_loss, g_lse, wanted[1])
+        return operators.gradients(call, Upstream(g_loss, g_lse, g_entropy), wanted[1])
     inputs = [tensor for tensor, needed in zip(call[:2], wanted, strict=False) if needed]
     with torch.enable_grad():
         loss, stats = composite(call)
-        pairs = [(loss, grad_output), (stats and stats.lse, g_lse)]
+        pairs = [(loss, grad_output), (stats and stats.lse, g_lse), (stats and stats.entropy, g_entropy)]
         outputs, grads = zip(*((output, grad) for output, grad in pairs if grad is not None), strict=True)
         found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True))
     return tuple(next(found) if needed else None for needed in wanted[:2])  # type: ignore[return-value]

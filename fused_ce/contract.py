@@ -77,6 +77,7 @@ class Upstream(NamedTuple):
 
     loss: Tensor  # () or R
     lse: Tensor | None = None  # R, of `Stats.lse`
+    entropy: Tensor | None = None  # R, of `Stats.entropy`
 
 
 class Gradients(NamedTuple):

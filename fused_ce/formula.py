@@ -14,7 +14,9 @@ softcap s, z-loss factor L (`lse_square_scale`):
     a     = sum_c q_c
     loss  = a lse - sum_c q_c z_c + L lse^2                                   row_loss
     p_c   = exp(z_c - lse)
-    dz_c  = (a + 2 L lse + g_lse) p_c - q_c   g_lse: upstream gradient of lse, where lse was returned
+    H     = lse - sum_c p_c z_c                                               row_stats
+    dz_c  = (a + 2 L lse + g_lse) p_c - q_c - g_H p_c (log p_c + H)
+            g_lse, g_H: upstream gradients of lse and of the entropy H, where those were returned
     dx_c  = dz_c k / cosh(k x_c / s)^2   (dz_c k without softcap)             row_grad, transform_grad
     an ignored row: loss = 0 and dx = 0, whatever its logits hold
 
@@ -27,7 +29,8 @@ How it is computed. m is the largest z of the row, drop = m - z_c, and one class
     lse      = m + lse_m,   lse_m = log1p(so + (e_y - 1))
     loss     = q_y (lse_m + (m - z_y)) + q_others lse_m + q_drop + L lse^2
     p_y      = e_y / (so + e_y),   1 - p_y = so / (so + e_y)
-    entropy  = lse_m + (e_drop + e_y (m - z_y)) / (so + e_y)
+    H        = lse_m + mean_drop,   mean_drop = sum of p_c drop = (e_drop + e_y (m - z_y)) / (so + e_y)
+    log p_c + H = mean_drop - drop
 
 Where y is certain (e_y = 1, so tiny), `1 + so` would round so away: log(1 + so) becomes 0 and p_y - 1
 becomes 0, which is why other cross entropies lose a confident row's loss and gradient. With so kept
@@ -100,7 +103,7 @@ def row_lse(
         torch.where(held, q_y, 0),
         q_others,
         q_drop,
-        torch.where(e_c == 0, 0, e_c * drop).sum(-1) if wants_stats else zero,
+        times_drop(e_c, drop).sum(-1) if wants_stats else zero,
         z.argmax(-1) if wants_stats else torch.full_like(y, -1),
     )
 
@@ -108,6 +111,11 @@ def row_lse(
 def finite(m: Tensor) -> Tensor:  # (R,)
     """m, or 0 where every class is -inf: (-inf) - (-inf) would be NaN."""
     return torch.where(m == -torch.inf, 0, m)
+
+
+def times_drop(e_c: Tensor, drop: Tensor) -> Tensor:
+    """e_c drop, and 0 with a derivative of 0 where a class has no part in the sums and drop may be infinite."""
+    return e_c * torch.where(e_c == 0, 0, drop)
 
 
 def rescale(part: RowSums, m: Tensor) -> RowSums:  # (R,)
@@ -123,12 +131,15 @@ def rescale(part: RowSums, m: Tensor) -> RowSums:  # (R,)
 
 def put_back(sums: RowSums, where: Tensor) -> RowSums:  # (R,)
     """y joins the other classes, in these rows: where the row's y is another part's."""
+    y_drop = finite(sums.m) - sums.z_y
+    e_y = torch.exp(-y_drop)
     return sums._replace(
-        so=torch.where(where, sums.so + torch.exp(sums.z_y - finite(sums.m)), sums.so),
+        so=torch.where(where, sums.so + e_y, sums.so),
         z_y=torch.where(where, -torch.inf, sums.z_y),
         q_y=torch.where(where, 0, sums.q_y),
         q_others=torch.where(where, sums.q_others + sums.q_y, sums.q_others),
-        q_drop=torch.where(where, sums.q_drop + sums.q_y * (finite(sums.m) - sums.z_y), sums.q_drop),
+        q_drop=torch.where(where, sums.q_drop + sums.q_y * y_drop, sums.q_drop),
+        e_drop=torch.where(where, sums.e_drop + times_drop(e_y, y_drop), sums.e_drop),
     )
 
 
@@ -175,6 +186,7 @@ def row_grad(
     scale: Tensor,  # (R,) upstream gradient of the cross entropy
     z_scale: Tensor,  # (R,) upstream gradient of the z-loss
     g_lse: Tensor | float = 0.0,  # (R,) upstream gradient of lse, where lse was returned
+    g_entropy: Tensor | None = None,  # (R,) and of the entropy; the sums then hold e_drop
 ) -> Tensor:  # (R, C) dx
     held = (y >= 0) & (y < z.shape[-1])
     e_y = torch.exp(sums.z_y - sums.m)
@@ -185,6 +197,11 @@ def row_grad(
     if q is not None:
         dz = dz - scale[:, None] * q
     dz_y = others * (e_y / total) - scale * sums.q_y * (sums.so / total)
+    if g_entropy is not None:
+        drop, y_drop, mean = sums.m[:, None] - z, sums.m - sums.z_y, mean_drop(sums)
+        p, p_y = torch.exp(-drop) / total[:, None], e_y / total
+        dz = dz + g_entropy[:, None] * (times_drop(p, drop) - p * mean[:, None])
+        dz_y = dz_y + g_entropy * (times_drop(p_y, y_drop) - p_y * mean)
     at = torch.where(held, y, 0)[:, None]
     dz_at = torch.where(held[:, None], dz_y[:, None], dz.gather(-1, at))
     return dz.scatter(-1, at, dz_at) * transform_grad(x, options)
@@ -203,7 +220,12 @@ def target_grad(
 
 
 def row_stats(sums: RowSums, options: Options) -> Stats:  # (R,) each
-    lse_m, e_y = minus_m(sums), torch.exp(sums.z_y - sums.m)
+    lse_m = minus_m(sums)
     _, z_loss = row_loss(sums, options)
-    y_drop = torch.where(e_y == 0, 0, e_y * (sums.m - sums.z_y))
-    return Stats(sums.m + lse_m, z_loss, sums.argmax, lse_m + (sums.e_drop + y_drop) / (sums.so + e_y))
+    return Stats(sums.m + lse_m, z_loss, sums.argmax, lse_m + mean_drop(sums))
+
+
+def mean_drop(sums: RowSums) -> Tensor:  # (R,)
+    """Sum of p_c drop."""
+    e_y = torch.exp(sums.z_y - sums.m)
+    return (sums.e_drop + times_drop(e_y, sums.m - sums.z_y)) / (sums.so + e_y)

@@ -16,7 +16,7 @@ from .options import Options, check_keywords
 class CrossEntropyOutput(NamedTuple):
     """What `cross_entropy(..., return_stats=True)` returns. R: the shape of one value a row, (N, d1..dk).
 
-    The last three and `z_loss` carry no gradient. An ignored row has lse, entropy and z-loss 0, argmax -1, and is
+    `z_loss`, `argmax` and `correct` carry no gradient. An ignored row has lse, entropy and z-loss 0, argmax -1, and is
     not correct.
     """
 
@@ -25,7 +25,7 @@ class CrossEntropyOutput(NamedTuple):
     z_loss: Tensor  # the z-loss alone, reduced as the loss
     argmax: Tensor  # R, int64, the class with the largest logit
     correct: Tensor  # R, bool, whether that is the target (or the target's largest probability)
-    entropy: Tensor  # R, of softmax, in nats
+    entropy: Tensor  # R, of softmax, in nats; of lse's dtype; differentiable
 
 
 # Type checkers do not look into *args and **keywords, so each overload repeats the signature; tests hold them equal.
@@ -115,7 +115,8 @@ def cross_entropy(
     """Cross entropy between logits and targets, with its gradient made in the same pass.
 
     A drop-in for `torch.nn.functional.cross_entropy`: the first eight arguments, their meaning, their
-    results and their errors are torch's. What the kernels do not take runs torch's own operators.
+    results and their errors are torch's. What the kernels do not take runs torch's own operators. DTensors may have
+    their classes or rows sharded: docs/distributed.md tells how the results lie.
 
     Args:
         input: logits, shape (N, C), (C) or (N, C, d1..dk); float32, float64, bfloat16 or float16.
@@ -178,6 +179,10 @@ def cross_entropy(
     call = Call(input, target, weight, options)
     if backend is None and (chosen := gate.at_a_glance(call)):
         return _by_kernels(call, chosen)[0]
+    if _torch.is_dtensor(input):
+        from .distributed import dtensor  # which imports what only DTensors need
+
+        return dtensor.cross_entropy(call, backend)
     if dtype is not None or grad_scale is not None or not options.is_plain:
         call = call._replace(options=check_keywords(options, getattr(input, "dtype", torch.float32)))
     loss, stats = _run(call, backend)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _torch, operators
 from .backends import dispatch
@@ -95,6 +96,21 @@ def composite(call: Call) -> tuple[Tensor, Stats | None]:
 
 
 def _by_torch(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    tensors = (input, target, weight)
+    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+        # Torch itself would tell overrides the name's present value, which under `patch` is not what they know.
+        return handle_torch_function(
+            _torch_cross_entropy,
+            tensors,
+            input,
+            target,
+            weight=weight,
+            size_average=None,
+            ignore_index=options.ignore_index,
+            reduce=None,
+            reduction=options.reduction,
+            label_smoothing=options.label_smoothing,
+        )
     return _torch_cross_entropy(
         input,
         target,
@@ -147,6 +163,19 @@ def again(call: Call) -> tuple[Tensor, Stats | None]:
     return composite(call._replace(input=input))
 
 
+def check_no_leaf(input: Tensor) -> None:
+    """Refuse `inplace=True` where it would overwrite what a user holds.
+
+    Raises:
+        RuntimeError: the logits are a leaf's.
+    """
+    if _torch.shares_a_leaf(input):
+        raise RuntimeError(
+            "inplace=True would overwrite a leaf tensor that requires grad, such as a parameter; "
+            "expected logits computed by a model. Drop inplace."
+        )
+
+
 def check_inplace(call: Call) -> None:
     """Refuse `inplace=True` where it would harm someone.
 
@@ -154,11 +183,7 @@ def check_inplace(call: Call) -> None:
         RuntimeError: the logits are a leaf's, share memory with another tensor of the call, or are not contiguous.
     """
     input = call.input
-    if _torch.shares_a_leaf(input):
-        raise RuntimeError(
-            "inplace=True would overwrite a leaf tensor that requires grad, such as a parameter; "
-            "expected logits computed by a model. Drop inplace."
-        )
+    check_no_leaf(input)
     memory = input.untyped_storage().data_ptr()
     for name, other in (("target", call.target), ("weight", call.weight)):
         if memory and other is not None and other.untyped_storage().data_ptr() == memory:

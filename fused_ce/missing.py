@@ -1,9 +1,9 @@
-"""What is said where the C++ kernels are missing; every way of installing builds them, so their lack is a fault."""
+"""What is said where the C++ kernels are missing: a fault, unless the package was built without them on purpose."""
 
 from __future__ import annotations
 
 import warnings
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 
@@ -23,8 +23,17 @@ def reason() -> str:
     return ""
 
 
+def left_out() -> bool:
+    """Whether they were left out at installation (FUSED_CE_BUILD=0), which makes the wheel one of Python alone."""
+    try:
+        wheel = metadata.distribution("fused_ce").read_text("WHEEL")
+    except metadata.PackageNotFoundError:
+        return False
+    return "Root-Is-Purelib: true" in (wheel or "")
+
+
 def warn() -> None:
     """Without this, the only sign would be torch's speed."""
-    if text := reason():
+    if (text := reason()) and not left_out():
         # At the third level stands the program's own line that imports fused_ce.
         warnings.warn(f"{text}; until then calls on the CPU run torch's own operators.", RuntimeWarning, stacklevel=3)

@@ -110,24 +110,19 @@ def composite(call: Call) -> tuple[Tensor, Stats | None]:
     stats = None
     if options.return_stats:
         lse, z_loss, argmax, entropy = row_stats(rows.sums, options)
-        lse, z_loss, entropy = (torch.where(counted, value, 0) for value in (lse, z_loss.detach(), entropy.detach()))
+        lse, z_loss, entropy = (torch.where(counted, value, 0) for value in (lse, z_loss.detach(), entropy))
         lse, z_loss, entropy = (value.to(call.acc).reshape(shape) for value in (lse, z_loss, entropy))
         stats = Stats(lse, z_loss, torch.where(counted, argmax, -1).reshape(shape), entropy)
     return total.to(options.dtype or promoted), stats
 
 
-def gradients(
-    call: Call,
-    g_loss: Tensor,  # () or R, upstream gradient of the loss
-    g_lse: Tensor | None,  # R, and of lse
-    wants_target: bool,
-) -> tuple[Tensor, Tensor | None]:
+def gradients(call: Call, upstream: Upstream, wants_target: bool) -> tuple[Tensor, Tensor | None]:
     """The gradients of the logits and, if wanted, of probabilities, out of plain differentiable torch operators."""
-    rows, options = rows_of(call), call.options
+    options = call.options._replace(return_stats=upstream.entropy is not None)
+    rows = rows_of(call._replace(options=options))
     D, count = divisors(call, rows)
-    g = g_loss.reshape(-1).to(rows.z.dtype).expand(len(rows.z))
-    of_lse = 0.0 if g_lse is None else g_lse.reshape(-1).to(rows.z.dtype)
-    dx = row_grad(rows.x, rows.z, rows.y, rows.q, rows.sums, options, g / D, g / count, of_lse)
+    g, g_lse, g_entropy = _of_rows(upstream, rows.z)
+    dx = row_grad(rows.x, rows.z, rows.y, rows.q, rows.sums, options, g / D, g / count, g_lse, g_entropy)
     dx = _like(torch.where(rows.counted[:, None], dx, 0), call.input)
     if not wants_target:
         return dx, None
@@ -139,12 +134,17 @@ def shard_gradient(call: Call, sums: RowSums, upstream: Upstream) -> Tensor:
     rows, options = rows_of(call), call.options._replace(lse_square_scale=0.0)
     held = (rows.y >= 0) & (rows.y < call.classes)
     sums = put_back(RowSums(*(number.to(rows.z.dtype) for number in sums)), ~held)
-    g, of_lse = (
-        torch.zeros_like(sums.m) if number is None else number.reshape(-1).to(sums.m).expand_as(sums.m)
-        for number in upstream
-    )
-    dx = row_grad(rows.x, rows.z, rows.y, rows.q, sums, options, g, g, of_lse)
+    g, g_lse, g_entropy = _of_rows(upstream, sums.m)
+    dx = row_grad(rows.x, rows.z, rows.y, rows.q, sums, options, g, g, g_lse, g_entropy)
     return _like(torch.where(rows.counted[:, None], dx, 0), call.input)
+
+
+def _of_rows(upstream: Upstream, like: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:  # (R,) each
+    loss, lse, entropy = (
+        None if number is None else number.reshape(-1).to(like.dtype).expand(len(like)) for number in upstream
+    )
+    assert loss is not None
+    return loss, 0.0 if lse is None else lse, entropy
 
 
 def _like(rows: Tensor, tensor: Tensor) -> Tensor:  # (R, C) -> the tensor's shape and dtype, contiguous

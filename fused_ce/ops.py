@@ -8,13 +8,14 @@ AD) never come here, because an operator with a registered derivative drops thei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import _torch, gate
+from . import __version__, _torch, gate
 from .autograd import differentiable
 from .backends import dispatch
 from .contract import Backend, Call, Stats, Upstream
@@ -27,17 +28,34 @@ OPTIONS = (
     "SymInt ignore_index, Tensor? label_smoothing, Tensor? logit_scale, Tensor? softcap, Tensor? lse_square_scale, "
     "str reduction, ScalarType dtype, Tensor? num_items, str? backend"
 )
+RECEIVED = "Tensor? grad_output, Tensor? g_lse, Tensor? g_entropy"
 _DEFAULTS = Options()
-_LIBRARY: Any = torch.library.Library("fused_ce", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _own_library(copy: int = 1) -> Any:
+    """One under the name of this version, so that graphs that a cache kept of another do not call it, and of this copy.
+
+    A process may hold several copies: two packages that each bring one, or one imported again.
+    """
+    name = re.sub(r"\W", "_", f"{__package__}_{__version__}") + (f"_{copy}" if copy > 1 else "")
+    try:
+        return torch.library.Library(name, "DEF")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "Only a single TORCH_LIBRARY" not in str(error):  # that the name is taken
+            raise
+        return _own_library(copy + 1)
+
+
+LIBRARY = _own_library()
+OPERATORS: Any = getattr(torch.ops, LIBRARY.ns)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_LIBRARY.define(
+LIBRARY.define(
     f"forward({_CALL}, {OPTIONS}, bool wants_grad, bool wants_stats)"
     " -> (Tensor loss, Tensor saved, Tensor lse, Tensor z_loss, Tensor argmax, Tensor entropy)",
     tags=_TAGS,
 )
-_LIBRARY.define(
-    f"backward(Tensor? grad_output, Tensor? g_lse, {_CALL}, {OPTIONS}, Tensor saved, bool wants_target)"
-    " -> (Tensor d_input, Tensor d_target)",
+LIBRARY.define(
+    f"backward({RECEIVED}, {_CALL}, {OPTIONS}, Tensor saved, bool wants_target) -> (Tensor d_input, Tensor d_target)",
     tags=_TAGS,
 )
 
@@ -45,7 +63,7 @@ _LIBRARY.define(
 def traced(call: Call, backend: str | None, wants_grad: bool) -> tuple[Tensor, Stats | None]:
     """The call as one operator in the graph that is being traced."""
     wants_stats = call.options.return_stats
-    loss, _, *stats = torch.ops.fused_ce.forward(*arguments(call, backend), wants_grad, wants_stats)
+    loss, _, *stats = OPERATORS.forward(*arguments(call, backend), wants_grad, wants_stats)
     return loss, Stats(*stats) if wants_stats else None
 
 
@@ -90,6 +108,7 @@ def _forward(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -
 def _backward(
     grad_output: Tensor | None,
     g_lse: Tensor | None,
+    g_entropy: Tensor | None,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -100,7 +119,7 @@ def _backward(
     input, target, weight = map(_torch.with_memory, call[:3])
     call = Call(input, target, weight, call.options)
     g_loss = input.new_zeros(()) if grad_output is None else grad_output
-    upstream = Upstream(_torch.with_memory(g_loss), _torch.with_memory(g_lse))
+    upstream = Upstream(*map(_torch.with_memory, (g_loss, g_lse, g_entropy)))
     dx, dt = backend.backward(call, None, saved, upstream, True, wants_target)
     return dx, or_empty(dt, input)
 
@@ -113,6 +132,7 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 def _forward_fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *fields, wants_grad, wants_stats = rest
     call, backend = chosen(input, target, weight, fields, values=False)
+    call = call._replace(options=call.options._replace(return_stats=wants_stats))
     shape, options = call.row_shape, call.options
     loss = input.new_empty(shape if options.reduction == "none" else (), dtype=options.dtype)
     saved = input.new_empty(backend.saved_shape(call), dtype=torch.float64) if wants_grad else None
@@ -127,9 +147,8 @@ def fake_stats(like: Tensor, shape: Sequence[int], acc: torch.dtype, wanted: boo
     return [*Stats(lse, z_loss, like.new_empty(shape, dtype=torch.int64), entropy)]
 
 
-def _backward_fake(
-    grad_output: Tensor | None, g_lse: Tensor | None, input: Tensor, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    input, target, *rest = arguments[3:]
     dx = torch.empty_like(input, memory_format=torch.contiguous_format)
     dt = torch.empty_like(target, memory_format=torch.contiguous_format) if rest[-1] else None
     return dx, or_empty(dt, input)
@@ -137,28 +156,28 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, target, weight, *ctx.options, _, wants_stats = inputs
-    _, saved, lse, *others = output
+    _, saved, lse, z_loss, argmax, entropy = output
     ctx.save_for_backward(input, target, weight, saved)
     ctx.wants_stats = wants_stats
-    ctx.mark_non_differentiable(saved, *others, *(() if wants_stats else (lse,)))
+    ctx.set_materialize_grads(False)  # an entropy that nobody differentiates costs nothing
+    ctx.mark_non_differentiable(saved, z_loss, argmax, *(() if wants_stats else (lse, entropy)))
 
 
-def _derivative(ctx: Any, grad_output: Tensor, _: Tensor, g_lse: Tensor, *__: Tensor) -> tuple[Tensor | None, ...]:
+def _derivative(ctx: Any, grad_output: Tensor, _: Tensor, *of_stats: Tensor) -> tuple[Tensor | None, ...]:
     input, target, weight, saved = ctx.saved_tensors
     wants_target, nothing = ctx.needs_input_grad[1], [None] * (len(ctx.options) + 3)
-    of_lse = g_lse if ctx.wants_stats else None
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _torch.is_transformed(grad_output)):
+    g_lse, g_entropy = (of_stats[0], of_stats[3]) if ctx.wants_stats else (None, None)
+    received = grad_output, g_lse, g_entropy
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(map(_torch.is_transformed, received))):
         # Under a mode, but not in a graph: differentiable again.
         call = chosen(input, target, weight, ctx.options)[0]
         call = call._replace(options=call.options._replace(return_stats=ctx.wants_stats))
-        return *differentiable(call, gate.again, ctx.needs_input_grad, grad_output, of_lse), *nothing
-    dx, dt = torch.ops.fused_ce.backward(grad_output, of_lse, input, target, weight, *ctx.options, saved, wants_target)
+        return *differentiable(call, gate.again, ctx.needs_input_grad, *received), *nothing
+    dx, dt = OPERATORS.backward(*received, input, target, weight, *ctx.options, saved, wants_target)
     return dx, dt if wants_target else None, *nothing
 
 
-def register(
-    library: Any, kind: str, kernels: Sequence[Any], fakes: Sequence[Any], derivative: Any, save: Any, called: str
-) -> None:
+def register(kind: str, kernels: Sequence[Any], fakes: Sequence[Any], derivative: Any, save: Any, called: str) -> None:
     """Give the operators `kind`forward and `kind`backward their kernels, fakes and derivatives, in that order each."""
 
     def refuse(*_: Any) -> NoReturn:
@@ -168,10 +187,10 @@ def register(
         )
 
     for name, kernel, fake in zip((f"{kind}forward", f"{kind}backward"), kernels, fakes, strict=True):
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fused_ce::{name}", fake, lib=library)
-    torch.library.register_autograd(f"fused_ce::{kind}forward", derivative, setup_context=save, lib=library)
-    torch.library.register_autograd(f"fused_ce::{kind}backward", refuse, lib=library)
+        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"{LIBRARY.ns}::{kind}forward", derivative, setup_context=save, lib=LIBRARY)
+    torch.library.register_autograd(f"{LIBRARY.ns}::{kind}backward", refuse, lib=LIBRARY)
 
 
-register(_LIBRARY, "", (_forward, _backward), (_forward_fake, _backward_fake), _derivative, _save, "cross_entropy")
+register("", (_forward, _backward), (_forward_fake, _backward_fake), _derivative, _save, "cross_entropy")

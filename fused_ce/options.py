@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ class Options(NamedTuple):
             and self.num_items is None
             and not self.return_stats
         )
+
+    def keywords(self) -> dict[str, Any]:
+        """As `cross_entropy` takes them."""
+        given = self._asdict()
+        given.pop("shard")
+        return given
 
     @property
     def smoothing(self) -> float:

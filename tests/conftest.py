@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks
 
 from fused_ce.backends.dispatch import BACKENDS
 from fused_ce.backends.triton import kernels
@@ -124,3 +125,11 @@ def own_pool() -> Iterator[None]:
     _C.keep_at_most(1 << 32)
     _C.empty_cache()
     assert _C.held()[0] == used  # nothing outlives its tensor
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """The ranks of a gloo group."""
+    started = Ranks()
+    yield started
+    started.stop()

@@ -43,6 +43,20 @@ PYTHON = [
     ("fused_ce/gate.py", "dtype = torch.promote_types(dtype, target.dtype)", "pass", "tests/test_functional.py"),
     ("fused_ce/gate.py", "if _torch.shares_a_leaf(input):", "if False:", "tests/test_extras.py -k inplace"),
     ("fused_ce/gate.py", "input = torch.where(operators.ignored(input, target, options), 0, input)", "pass", "tests/test_autograd.py"),
+    # Sharded vocabularies
+    ("fused_ce/distributed/exchange.py", "torch.where(part.m.isnan(), math.inf, part.m)", "part.m", "tests/test_distributed.py -k statistics"),
+    ("fused_ce/distributed/exchange.py", "(m == whole) | m.isnan()", "m == whole", "tests/test_distributed.py -k statistics"),
+    ("fused_ce/distributed/exchange.py", "_first(m, whole, argmax).amin(0)", "argmax.amax(0)", "tests/test_distributed.py -k statistics"),
+    ("fused_ce/distributed/exchange.py", "    _check(told)\n    m, so", "    m, so", "tests/test_distributed_failures.py"),
+    ("fused_ce/distributed/exchange.py", "part._replace(q_others=rows.q_others(first, held))", "part._replace(q_others=0 * part.so)", "tests/test_distributed.py -k every_case"),
+    ("fused_ce/distributed/sums.py", "masked_fill(rows.counted, math.inf)", "masked_fill(rows.counted, -1)", "tests/test_distributed.py"),
+    ("fused_ce/distributed/sums.py", "        fail(error,", "        str([error,", "tests/test_distributed_failures.py"),
+    ("fused_ce/distributed/autograd.py", "if torch.is_grad_enabled():", "if False:", "tests/test_distributed.py -k second"),
+    ("fused_ce/distributed/autograd.py", "torch.autograd.graph.increment_version(input)", "pass", "tests/test_distributed.py -k in_place"),
+    ("fused_ce/distributed/rows.py", "factor = torch.where(", "factor = 0 * torch.where(", "tests/test_distributed.py -k weight"),
+    ("fused_ce/distributed/rows.py", "* (g / self.z_D)", "* (g / self.D)", "tests/test_distributed.py -k 'everything or z_loss'"),
+    ("fused_ce/distributed/layout.py", "max(columns, -(-total // ranks.size))", "columns", "tests/test_distributed.py -k DTensor"),
+    ("fused_ce/distributed/status.py", '("targets", "targets:', '("error", "targets:', "tests/test_distributed_failures.py -k targets"),
     # Private names of torch
     ("fused_ce/_torch.py", '"_C._are_functorch_transforms_active", lambda: True', '"_C._are_functorch_transforms_active", lambda: False', "tests/test_torch.py"),
     ("fused_ce/_torch.py", '"_C._len_torch_function_stack", lambda: -1', '"_C._len_torch_function_stack", lambda: 0', "tests/test_torch.py"),
@@ -73,11 +87,11 @@ PYTHON = [
     ("fused_ce/linear/chunks.py", "loss.fill_(math.nan)", "pass", "tests/test_linear.py -k all-ignored"),
     ("fused_ce/linear/composite.py", "with torch.autocast(call.input.device.type, enabled=False):", "if True:", "tests/test_linear_autograd.py -k autocast"),
     ("fused_ce/linear/autograd.py", "if torch.is_grad_enabled() or", "if", "tests/test_linear_autograd.py -k double"),
-    ("fused_ce/linear/autograd.py", "grad_scale, keep, ctx.narrow)", "grad_scale, False, ctx.narrow)", "tests/test_linear_autograd.py -k again"),
-    ("fused_ce/linear/autograd.py", "if ctx.fused and g_lse is None:", "if ctx.fused:", "tests/test_linear.py -k statistics"),
+    ("fused_ce/linear/autograd.py", "options, keep, ctx.narrow)", "options, False, ctx.narrow)", "tests/test_linear_autograd.py -k again"),
+    ("fused_ce/linear/autograd.py", "if ctx.fused and g_lse is None and g_entropy is None:", "if ctx.fused:", "tests/test_linear.py -k statistics"),
     ("fused_ce/linear/autograd.py", "            return None\n    else:", "            pass\n    else:", "tests/test_linear_autograd.py -k not_finite"),
     ("fused_ce/linear/autograd.py", " and not _torch.has_hooks()", "", "tests/test_linear_autograd.py -k hooks"),
-    ("fused_ce/linear/autograd.py", "and (not narrow or options.grad_scale is not None)", "", "tests/test_linear_autograd.py -k float16"),
+    ("fused_ce/linear/autograd.py", " and (not _is_narrow(call) or options.grad_scale is not None)", "", "tests/test_linear_autograd.py -k float16"),
     ("fused_ce/linear/composite.py", "x = without_ignored(x,", "x = (lambda x, *_: x)(x,", "tests/test_linear.py -k reaches"),
     ("fused_ce/linear/products.py", "return dtype if _torch.has_products(dtype) else torch.float32", "return dtype", "tests/test_linear_gate.py -k widened"),
     ("fused_ce/linear/products.py", "out.add_(term) if v else out.copy_(term)", "out.copy_(term)", "tests/test_linear.py -k products"),
@@ -96,6 +110,10 @@ PYTHON = [
     ("fused_ce/formula.py", "torch.where(higher, b.argmax, a.argmax)", "torch.maximum(a.argmax, b.argmax)", "tests/test_row_sums.py -k formula"),
     ("fused_ce/formula.py", "q_others=torch.where(where, sums.q_others + sums.q_y, sums.q_others)", "q_others=sums.q_others", "tests/test_row_sums.py -k formula"),
     ("fused_ce/formula.py", "torch.cosh(x * (options.logit_scale / options.softcap)) ** 2", "torch.cosh(x / options.softcap) ** 2", "tests/test_reference.py"),
+    ("fused_ce/formula.py", "e_drop=torch.where(where, sums.e_drop + times_drop(e_y, y_drop), sums.e_drop),", "", "tests/test_entropy.py -k shards"),
+    ("fused_ce/formula.py", "return e_c * torch.where(e_c == 0, 0, drop)", "return torch.where(e_c == 0, 0, e_c * drop)", "tests/test_entropy.py -k second"),
+    ("fused_ce/autograd.py", "if g_lse is not None or g_entropy is not None:", "if g_lse is not None:", "tests/test_entropy.py -k ways"),
+    ("fused_ce/linear/autograd.py", "g_lse is None and g_entropy is None:", "g_lse is None:", "tests/test_entropy.py -k hidden"),
     # The C++ backend, from Python
     ("fused_ce/backends/cpu.py", ".contiguous().resolve_neg()", ".contiguous()", "tests/test_autograd.py -k negative"),
     ("fused_ce/backends/cpu.py", "(grad.itemsize == 2 or not", "(not", "tests/test_between.py -k small_gradients"),
@@ -123,7 +141,7 @@ CPP = [
     ("csrc/formula.inl.h", "part.q_drop += part.q_others * rise;", "", "tests/test_row_sums.py tests/test_backends.py -k 'cpp or cpu'"),
     ("csrc/formula.inl.h", "part.e_drop = (part.e_drop + part.so * rise) * shrink;", "part.e_drop *= shrink;", "tests/test_row_sums.py -k cpp"),
     ("csrc/formula.inl.h", "return m == -infinity_of(m) ? N{} : m;", "return m;", "tests/test_row_sums.py tests/test_backends.py -k 'cpp or cpu'"),
-    ("csrc/formula.inl.h", "part.q_others += part.q_y;", "", "tests/test_row_sums.py -k cpp"),
+    ("csrc/formula.inl.h", "sums.q_others += sums.q_y;", "", "tests/test_row_sums.py -k cpp"),
     ("csrc/formula.inl.h", "if (call.probs || call.options.label_smoothing > 0) loss +=", "if (call.probs) loss +=", "tests/test_backends.py -k cpu"),
     ("csrc/along.inl.h", "return holds_y ? (lane_is<I>(y - c) ? V{} : below) : below;", "return below;", "tests/test_functional.py tests/test_backends.py -k 'not triton'"),
     ("csrc/along.inl.h", "z = lane_is<I>(y - c) ? splat(-inf) : z;", "", "tests/test_backends.py -k cpu"),
@@ -144,6 +162,27 @@ CPP = [
     ("csrc/simd/math.inl.h", "x < lowest ? V{} : rest, &t", "rest, &t", "tests/test_options_accuracy.py"),
     ("csrc/simd/math.inl.h", "low_part = (lost + digit) - digit", "low_part = lost", "tests/test_options_accuracy.py"),
     ("csrc/simd/convert.inl.h", "return before < n ? before : n;", "return 0;", "tests/test_cpu.py -k streamed"),
+    # Shards of the classes
+    ("csrc/shard.inl.h", "y >= 0 && y < call.C ? y : -1;", "y;", "tests/test_parts.py -k far"),
+    ("csrc/targets.inl.h", "splat(A(e / double(call.total)))", "splat(A(e / double(call.C)))", "tests/test_parts.py -k cpu"),
+    ("csrc/formula.inl.h", "A(e / double(call.total)), share", "A(e / double(call.C)), share", "tests/test_parts.py -k cpu"),
+    ("csrc/cross_entropy.cpp", "uint64_t(call.total);", "uint64_t(call.C);", "tests/test_parts.py -k cpu"),
+    ("csrc/along.inl.h", "if (row.y < 0 || row.y >= C) sums = put_back(sums);", "", "tests/test_parts.py -k cpu"),
+    ("csrc/along.inl.h", "sums.e_drop = call.wants_stats ? sums.e_drop : 0, ", "", "tests/test_parts.py -k cpu"),
+    ("csrc/along.inl.h", "double(call.first + top)", "double(top)", "tests/test_parts.py -k cpu"),
+    ("csrc/along.inl.h", "if (call.is_part()) store_sums(call, row, {0, 0, 0, 0, 0, 0, 0, -1});", "", "tests/test_parts.py -k cpu"),
+    ("csrc/along.inl.h", "sums.m = transform<F>(load_first(row.x.p + top * row.x.stride, 1), call.options).sum();", "", "tests/test_parts.py -k unusual"),
+    ("csrc/shard.inl.h", "if (group.labels.y[i] < 0) sums = put_back(sums);", "", "tests/test_parts.py -k cpu"),
+    ("csrc/shard.inl.h", "group.m.high = finite(group.m.high);", "", "tests/test_parts.py -k unusual"),
+    ("csrc/shard.inl.h", "double(call.first + group.largest[i])", "double(group.largest[i])", "tests/test_parts.py -k cpu"),
+    ("csrc/shard.inl.h", "wants_stats ? largest : group.m;", "group.m;", "tests/test_parts.py -k unusual"),
+    ("csrc/arguments.cpp", "call.first * (acc_of(call)", "0 * (acc_of(call)", "tests/test_parts.py -k cpu"),
+    # The entropy's gradient
+    ("csrc/formula.inl.h", "p_scale -= h_scale * mean;", "", "tests/test_entropy.py -k cpu"),
+    ("csrc/formula.inl.h", "dz_y += h_scale * (times_drop(row.e_y, sums.m - sums.z_y) - row.e_y * mean);", "", "tests/test_entropy.py -k cpu"),
+    ("csrc/formula.inl.h", "sums.e_drop += times_drop(exp_of(-y_drop), y_drop);", "", "tests/test_entropy.py -k shards"),
+    ("csrc/along.inl.h", "if (call.wants_stats) sums.e_drop = call.e_drop_column()[i];", "", "tests/test_entropy.py -k cpu"),
+    ("csrc/rows.inl.h", " && !call.g_entropy", "", "tests/test_entropy.py -k cpu"),
 ]  # fmt: skip
 TRITON = [
     ("fused_ce/backends/triton/plan.py", " and not options.inplace,", ",", "tests/test_gpu.py -k test_neighbours_in_memory and shared"),
@@ -254,14 +293,18 @@ def red(folder: Path, mutant: Mutant) -> str:
         raise SystemExit(f"{mutant.file} must hold once, not {before.count(mutant.line)} times: {mutant.line}")
     environment = os.environ | {"PYTHONPATH": str(folder), "FUSED_CE_BUILD_ISAS": "base"}
     build = f"{sys.executable} setup.py --quiet build_ext --inplace"
-    pytest = f"{sys.executable} -m pytest -x -q -p no:cacheprovider --show-capture=no {mutant.test}"
+    files, _, words = mutant.test.partition(" -k ")
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--show-capture=no", *files.split()]
+    pytest += ["-k", words.strip("'")] if words else []
     file.write_text(before.replace(mutant.line, mutant.mutation))
     try:
         if mutant.file.startswith("csrc"):
             subprocess.run(build, shell=True, cwd=folder, env=environment, check=True, capture_output=True)
-        run = subprocess.run(pytest, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+        run = subprocess.run(pytest, cwd=folder, env=environment, capture_output=True, text=True)
     finally:
         file.write_text(before)
+    if run.returncode in (4, 5):
+        raise SystemExit(f"pytest found no test in: {mutant.test}\n{run.stdout}{run.stderr}")
     failed = [line.split()[1] for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0] if failed else "" if run.returncode == 0 else f"pytest ended with {run.returncode}"
 

@@ -1,121 +1,58 @@
-"""Calls cut along their classes, and what their parts owe the whole.
-
-Sums are held against those of float64 shards, the loss and the gradients that come of them against the whole call in
-float64.
-"""
+"""A call cut into shards of its classes by hand, and put together again: what ranks of a group do, in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import reduce
 from itertools import pairwise
-from typing import Any
 
 import torch
-from accuracy import HALF, acc_dtype, bits, relative_error
-from cases import EVERYTHING, confident, ramp
-from conftest import Backend
-from judge import GRAD, LOSS
-from oracle import as_rows, double, terms
+from oracle import double
 from torch import Tensor
 
 from fused_ce import formula, operators
-from fused_ce.backends import reference
-from fused_ce.contract import Call, RowSums, Stats, Upstream
+from fused_ce.contract import Backend, Call, RowSums, Upstream
 from fused_ce.options import Shard
 
 
-def shards(call: Call, borders: tuple[int, ...]) -> Iterator[Call]:
-    """The call cut along its classes, without a copy: [begin, end) of each two borders."""
-    dim = int(call.input.dim() > 1)
-    for begin, end in pairwise(borders):
-        options = call.options._replace(shard=Shard(begin, call.classes))
-        yield call._replace(input=call.input.narrow(dim, begin, end - begin), options=options)
+def cuts(C: int) -> list[tuple[int, ...]]:
+    """Borders of shards: even, one class at either end, uneven; fewer where there are not so many classes."""
+    wanted = ((0, C // 2, C), (0, 1, C - 1, C), (0, C // 3, C // 3 + 1, C))
+    return sorted({tuple(sorted(set(borders))) for borders in wanted})
 
 
-def exactly(call: Call) -> Call:
-    return call._replace(input=double(call.input), target=call.target.cpu(), weight=double(call.weight))
+def shards(call: Call, borders: tuple[int, ...]) -> list[Call]:
+    """The calls of the shards, on views of the logits."""
+    dim, C = min(call.input.dim() - 1, 1), call.classes
+    return [
+        call._replace(
+            input=call.input.narrow(dim, first, end - first), options=call.options._replace(shard=Shard(first, C))
+        )
+        for first, end in pairwise(borders)
+    ]
 
 
-def joined(parts: list[Tensor]) -> RowSums:
+def joined(parts: list[Tensor]) -> RowSums:  # (8, R) each
     return reduce(formula.combine, (RowSums(*part.cpu()) for part in parts))
 
 
-def gradient(backend: Backend, call: Call, sums: RowSums, upstream: Upstream) -> Tensor:
-    into = torch.empty_like(call.input)
-    on_device = (None if t is None else t.to(call.input.device) for t in upstream)
-    backend.module.finish(call, torch.stack(sums).to(call.input.device), Upstream(*on_device), into)
-    return into.cpu()
-
-
-def check_parts(parts: list[Tensor], calls: list[Call]) -> None:
-    """Sums that are 0 or not finite are so in float64 too; all others are near."""
-    for part, call in zip(parts, calls, strict=True):
-        assert part.shape == (8, call.rows)
-        assert part.dtype == torch.float64
-        assert part.is_contiguous()
-        exact = reference.part(exactly(call))
-        acc = acc_dtype(call.input.dtype)
-        for name, got, wanted in zip(RowSums._fields, part.cpu(), exact, strict=True):
-            assert torch.equal(got == 0, wanted == 0) or acc == torch.float32, name
-            error = relative_error(got, wanted, flush=call.classes * 128 * torch.finfo(acc).tiny)
-            allowed = 0 if name == "argmax" else 2e-6 if call.input.dtype in HALF else LOSS[acc]  # see `math.exp`
-            assert error <= allowed, (name, call.options.shard, got, wanted)
-
-
-def check_whole(backend: Backend, whole: Call, borders: tuple[int, ...], g_lse: bool = True) -> None:
-    """Everything that sharded classes owe, of the call as one of reduction "none"."""
-    whole = whole._replace(options=whole.options._replace(reduction="none", inplace=False))
-    calls = list(shards(whole, borders))
-    parts = [backend.module.part(call) for call in calls]
-    check_parts(parts, calls)
-    sums, exact = joined(parts), exactly(whole)
-    seed = torch.Generator().manual_seed(1)
-    upstream = Upstream(*(torch.rand(2, sums.m.numel(), generator=seed).double() + 0.25))
+def assembled(backend: Backend, call: Call, borders: tuple[int, ...], upstream: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Loss and gradient, for an upstream gradient of the loss."""
+    of_shards, options = shards(call, borders), call.options
+    parts = [backend.part(shard) for shard in of_shards]
+    assert all(part.shape == (8, call.rows) and part.dtype == torch.float64 for part in parts)
+    sums = joined(parts)
+    exact = Call(double(call.input), call.target.cpu(), double(call.weight), options._replace(dtype=None))
     rows = operators.rows_of(exact)
-    options = whole.options
-    loss = torch.where(rows.counted, formula.row_loss(sums, options)[0], 0)
-    stats = Stats(*(torch.where(rows.counted, value, 0) for value in formula.row_stats(sums, options)))
-    acc = acc_dtype(whole.input.dtype)
-    exact_loss, _, _, exact_stats = reference.forward(
-        exact._replace(options=options._replace(return_stats=True, lse_square_scale=0.0)), "loss"
-    )
-    assert exact_stats is not None
-    assert relative_error(loss, exact_loss.reshape(-1)) <= 2 * LOSS[acc]
-    if options.return_stats:
-        assert relative_error(stats.entropy, exact_stats.entropy.reshape(-1), 1 + exact_stats.entropy.reshape(-1)) <= (
-            2 * LOSS[acc]
-        )
-        wanted = torch.where(rows.counted, exact_stats.argmax.reshape(-1), 0)
-        assert torch.equal(stats.argmax.long(), wanted)
-    if not g_lse:
-        upstream = Upstream(upstream.loss)
-    plain = exact._replace(options=options._replace(lse_square_scale=0.0))
-    shaped = Upstream(*(None if t is None else t.reshape(whole.row_shape) for t in upstream))
-    exact_grad = reference.backward(plain, None, None, shaped, True, False).input
-    size = as_rows(terms(upstream.loss, *plain))
-    if upstream.lse is not None:
-        p_lse = torch.exp(rows.z - formula.row_stats(rows.sums, options).lse[:, None]) * upstream.lse[:, None]
-        size = size + torch.where(rows.counted[:, None], p_lse * abs(options.logit_scale), 0)
-    for call in calls:
-        first, before = call.shard.first, call.input.clone()
-        got = gradient(backend, call, sums, upstream)
-        assert torch.equal(bits(call.input), bits(before))
-        got, columns = as_rows(got), slice(first, first + call.classes)
-        assert not got[~rows.counted].any()
-        flush = 4 * torch.finfo(acc).tiny
-        assert relative_error(got, as_rows(exact_grad)[:, columns], size[:, columns], flush) <= GRAD[acc]
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "weight": {"weight": ramp},
-    "smoothing": {"options": {"label_smoothing": 0.1}},
-    "smoothing-weight": {"options": {"label_smoothing": 0.3}, "weight": ramp},
-    "softcap": {"options": {"softcap": 2.0}},
-    "scale": {"options": {"logit_scale": -1.5}},
-    "statistics": {"options": {"return_stats": True}},
-    "z-loss-mean": {"options": {"lse_square_scale": 1e-2, "num_items": 7.0, "grad_scale": 3.0}},
-    "everything": {"options": EVERYTHING | {"return_stats": True, "label_smoothing": 0.1}, "weight": ramp},
-    "certain": {"logits": confident(20), "options": {"return_stats": True}},
-}
+    D, count = (torch.as_tensor(divisor).double().cpu() for divisor in operators.divisors(exact, rows))
+    loss, z_loss = (torch.where(rows.counted, rows_of, 0) for rows_of in formula.row_loss(sums, options))
+    total = loss / D + z_loss / count if options.reduction == "none" else loss.sum() / D + z_loss.sum() / count
+    lse = sums.m + formula.minus_m(sums)
+    g, of_lse = (upstream / D).to(call.acc), 2 * options.lse_square_scale * lse * upstream / count
+    device = call.input.device
+    given = Upstream(g.to(device), of_lse.to(device, call.acc) if options.lse_square_scale else None)
+    stacked = torch.stack(tuple(sums)).to(device)
+    grad = torch.full_like(call.input, torch.nan, memory_format=torch.contiguous_format)
+    for shard, into in zip(of_shards, shards(call._replace(input=grad), borders), strict=True):
+        backend.finish(shard, stacked, given, into.input)
+    total = total.reshape(call.row_shape) if options.reduction == "none" else total
+    return total.to(options.dtype or call.input.dtype), grad

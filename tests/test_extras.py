@@ -406,9 +406,9 @@ def test_stats_of_ignored_rows(value: float) -> None:
         assert rows.grad.isfinite().all()
 
 
-def test_stats_only_loss_and_lse_carry_a_gradient() -> None:
+def test_which_statistics_carry_a_gradient() -> None:
     output = cross_entropy(leaf((4, 5)), y(4), lse_square_scale=0.1, return_stats=True)
-    assert {name for name, value in output._asdict().items() if value.requires_grad} == {"loss", "lse"}
+    assert {name for name, value in output._asdict().items() if value.requires_grad} == {"loss", "lse", "entropy"}
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

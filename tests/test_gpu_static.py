@@ -49,6 +49,10 @@ def narrow(widths: dict[str, int]) -> int:
     return sum(number for bits, number in widths.items() if int(bits) < 128)
 
 
+def sums_of_a_shard(row: dict[str, Any]) -> bool:
+    return (row["kernel"], row["schedule"]) == ("forward", "shard")
+
+
 def test_every_kernel_is_there(report: dict[str, Any]) -> None:
     wanted = {
         (target, dtype, V) for target in (*NVIDIA, "gfx942") for dtype in ("bf16", "f32") for V in (*ALIGNED, ODD)
@@ -71,7 +75,8 @@ def test_every_kernel_is_there(report: dict[str, Any]) -> None:
 
 
 def test_nothing_spills(rows: Rows) -> None:
-    assert [row for row in rows if row["inner_spill"]] == []
+    # Of a shard that is held whole, one number of the row: its code has no loop over classes.
+    assert [row for row in rows if row["inner_spill"] > (sums_of_a_shard(row) and row["num_ctas"] > 1)] == []
     # Where rows are not held, ptxas may put a few of a row's own values aside, outside of the loop over classes.
     assert [row for row in rows if row["spill"] and row["schedule"] == "fused" and row["reads"] == 1] == []
     assert max(row["spill"] for row in rows) <= 8
@@ -87,7 +92,7 @@ def test_aligned_rows_move_16_bytes_at_a_time(rows: Rows) -> None:
         if row["V"] in ALIGNED and row["target"] in NVIDIA:
             assert row["ldg"].get("128", 0) > 0, row
             assert narrow(row["ldg"]) <= 8, row
-            assert narrow(row["stg"]) <= 6, row
+            assert narrow(row["stg"]) <= (9 if sums_of_a_shard(row) else 6), row  # eight sums, and a bad target
             assert row["writes"] == 0 or row["stg"].get("128", 0) > 0, row
 
 

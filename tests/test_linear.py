@@ -186,5 +186,6 @@ def test_the_loss_of_16_bits_is_summed_in_float32() -> None:
     seed = torch.Generator().manual_seed(0)
     x, W = torch.randn(4096, 64, generator=seed).bfloat16(), torch.randn(1000, 64, generator=seed).bfloat16()
     y = torch.randint(1000, (4096,), generator=seed)
-    exact = F.cross_entropy(F.linear(x, W).double(), y)  # of the logits as bfloat16 holds them
+    dtype = products.computed_in(torch.bfloat16, x.device)
+    exact = F.cross_entropy(F.linear(x.to(dtype), W.to(dtype)).double(), y)  # of the logits as this dtype holds them
     assert abs(linear_cross_entropy(x, W, y, chunk_rows=8, dtype=f32).double() / exact - 1) < 1e-6

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_ce import LinearCrossEntropyLoss, linear_cross_entropy
+from fused_ce.ops import LIBRARY, OPERATORS
 from fused_ce.options import Options
 
 TARGET = torch.tensor([1, -100, 3, 0])
@@ -157,18 +158,16 @@ def test_under_a_mode_that_watches_operators(kind: str) -> None:
 @pytest.mark.parametrize("wants_stats", [False, True])
 def test_opcheck(kind: str, wants_stats: bool) -> None:
     seen: list[tuple[Any, ...]] = []
-    operator = torch.ops.fused_ce.linear_forward.default
-    original = torch.ops.fused_ce.linear_forward
+    operator = OPERATORS.linear_forward.default
+    original = OPERATORS.linear_forward
 
     class Watching:
         def __call__(self, *arguments: Any) -> Any:
             seen.append(arguments)
             return original(*arguments)
 
-    from fused_ce.linear import ops
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops.torch.ops.fused_ce, "linear_forward", Watching())
+        patch.setattr(OPERATORS, "linear_forward", Watching())
         with FlopCounterMode(display=False):
             ours(kind, return_stats=wants_stats)(*leaves())
     tensors = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in seen[0]]
@@ -186,7 +185,7 @@ def test_export() -> None:
 
     model = Model()
     exported = torch.export.export(model, (x(4, 3),))
-    assert any("fused_ce.linear_forward" in str(node.target) for node in exported.graph.nodes)
+    assert any(f"{LIBRARY.ns}.linear_forward" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x(4, 3)), model(x(4, 3)), rtol=1e-12, atol=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ from fused_ce.linear import products
 def printed() -> str:
     """What the program prints here; it ends well where nothing is missing."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert main.main() == (1 if cpu._C is None else 0)
+        assert main.main([]) == (1 if cpu._C is None else 0)
     return output.getvalue()
 
 
@@ -78,8 +79,51 @@ def test_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr(BACKENDS["reference"], "forward", wrong)
     monkeypatch.setattr(main, "DTYPES", (torch.float32,))
-    assert main.main() == 1
+    assert main.main([]) == 1
     assert "FAIL: reference float32 (more than allowed). Please" in capsys.readouterr().out
+    assert main.main(["--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is False
+    assert "reference float32 (more than allowed)" in found["problems"]
+    assert found["errors_in_ulp"]["reference"]["float32"][0] > main.BOUNDS[torch.float32]
+
+
+def test_an_error_that_is_not_finite_is_valid_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = BACKENDS["reference"].forward
+
+    def raises(call: Any, schedule: Any) -> Forward:
+        if call.input.dtype == torch.float64:
+            raise ArithmeticError("no float64 today")
+        result = forward(call, schedule)
+        return result._replace(loss=result.loss * torch.nan)
+
+    monkeypatch.setattr(BACKENDS["reference"], "forward", raises)
+    monkeypatch.setattr(main, "DTYPES", (torch.float32, torch.float64))
+    assert main.main(["--json"]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["errors_in_ulp"]["reference"] == {"float32": [None, pytest.approx(0, abs=16)], "float64": [None, None]}
+    assert "reference float64 (ArithmeticError: no float64 today)" in found["problems"]
+
+
+def test_json_says_what_the_tables_say(printed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--json"]) == (1 if cpu._C is None else 0)
+    found = json.loads(capsys.readouterr().out)
+    assert found["fused_ce"] == fused_ce.__version__
+    assert found["torch"] == torch.__version__
+    assert found["passed"] == (cpu._C is not None)
+    assert (found["kernels"] is None) == (cpu._C is None)
+    table = printed.partition("Self-check")[2].splitlines()
+    for variant, by_dtype in found["errors_in_ulp"].items():
+        row = next(line for line in table if line.startswith(f"  {variant} "))
+        for dtype, (loss, grad) in by_dtype.items():
+            assert (variant, dtype) == ("torch", "float64") or f"{loss:.2f} / {grad:.2f}" in row
+    for reason in found["declined"]:
+        assert reason in printed
+    if cpu._C is not None:
+        assert found["kernels"]["isa"] == cpu._C.isa()
+        assert found["backends"]["cpu"] == dict.fromkeys(map(main.name, main.DTYPES), "cpu")
 
 
 def test_says_where_products_come_from_and_why(printed: str) -> None:

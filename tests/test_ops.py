@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_ce import CrossEntropyLoss, cross_entropy
 from fused_ce.backends.dispatch import BACKENDS, choose
 from fused_ce.contract import Call
-from fused_ce.ops import arguments
+from fused_ce.ops import LIBRARY, OPERATORS, arguments
 from fused_ce.options import Options
 
 CALLS: dict[str, tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]] = {
@@ -35,7 +35,7 @@ def test_opcheck(name: str, wants_stats: bool) -> None:
     input, target, weight, keywords = CALLS[name]
     options = Options(**keywords)._replace(dtype=torch.float64)
     call = Call(input.clone().requires_grad_(), target, weight, options)
-    torch.library.opcheck(torch.ops.fused_ce.forward.default, (*arguments(call, None), True, wants_stats))
+    torch.library.opcheck(OPERATORS.forward.default, (*arguments(call, None), True, wants_stats))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -108,7 +108,7 @@ def test_export(keywords: dict[str, Any], strict: bool) -> None:
     torch._dynamo.reset()
     model, call = Model(**keywords), (x(4, 5), y(4, C=7))
     program = torch.export.export(model, call, strict=strict)
-    assert [str(node.target) for node in program.graph.nodes].count("fused_ce.forward.default") == 1
+    assert [str(node.target) for node in program.graph.nodes].count(f"{LIBRARY.ns}.forward.default") == 1
     torch.testing.assert_close(program.module()(*call), model(*call))
 
 
@@ -125,11 +125,9 @@ def test_export_for_any_number_of_rows() -> None:
 def test_opcheck_of_the_derivative(name: str, keywords: dict[str, Any]) -> None:
     options = Options(**keywords)._replace(dtype=torch.float64)
     call = Call(x(4, 5), p(4, 5) if name == "probabilities" else y(4), w(), options)
-    loss, saved, lse, *_ = torch.ops.fused_ce.forward(*arguments(call, None), True, True)
-    upstream = torch.ones_like(loss), torch.ones_like(lse)
-    torch.library.opcheck(
-        torch.ops.fused_ce.backward.default, (*upstream, *arguments(call, None), saved, call.has_probs)
-    )
+    loss, saved, lse, _, _, entropy = OPERATORS.forward(*arguments(call, None), True, True)
+    upstream = torch.ones_like(loss), torch.ones_like(lse), torch.ones_like(entropy)
+    torch.library.opcheck(OPERATORS.backward.default, (*upstream, *arguments(call, None), saved, call.has_probs))
 
 
 ENGINES = ["eager", "aot_eager", "inductor"]
@@ -248,7 +246,7 @@ def test_meta_and_fake_tensors(shape: tuple[int, ...], keywords: dict[str, Any])
         fake, labels = mode.from_tensor(x(*shape)), mode.from_tensor(y(shape[0], *shape[2:]))
         wants_stats = keywords.get("return_stats", False)
         call = Call(fake, labels, None, options)
-        op = torch.ops.fused_ce.forward(*arguments(call, None), True, wants_stats)
+        op = OPERATORS.forward(*arguments(call, None), True, wants_stats)
         results = [cross_entropy(fake, labels, **keywords)]
     results.append(cross_entropy(x(*shape).to("meta"), y(shape[0], *shape[2:]).to("meta"), **keywords))
     for result in results:

@@ -82,7 +82,7 @@ def test_accepts(keywords: dict[str, Any]) -> None:
 
 def test_defaults_are_those_of_the_public_function() -> None:
     defaults = {name: given.default for name, given in inspect.signature(cross_entropy).parameters.items()}
-    for name, value in Options()._asdict().items():
+    for name, value in Options().keywords().items():
         assert defaults[name] == value
 
 

@@ -224,11 +224,14 @@ def test_the_private_module_checks_what_it_is_given(name: str) -> None:
         cpu._C.forward(*arguments[:-1])
 
 
-@pytest.mark.parametrize(("i", "wrong"), [(5, torch.ones(2)), (7, torch.ones(6)[::2]), (8, None), (10, None)])
+@pytest.mark.parametrize(
+    ("i", "wrong"),
+    [(5, torch.ones(2)), (7, torch.ones(6)[::2]), (8, torch.ones(3).double()), (9, None), (11, None)],
+)
 def test_the_private_module_checks_what_backward_is_given(i: int, wrong: Any) -> None:
     input, target = x(3, 500, dtype=f32), y(3)
     saved, grad = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, 500, dtype=f32)
-    arguments = [input, target, None, Options(), float("-inf"), None, 1.0, None, grad, None, saved, 1]
+    arguments = [input, target, None, Options(), float("-inf"), None, 1.0, None, None, grad, None, saved, 1]
     cpu._C.backward(*arguments)
     arguments[i] = wrong
     with pytest.raises(ValueError, match="expected"):

@@ -37,7 +37,7 @@ def shard_of(case: Case, backend: Backend) -> tuple[Call, torch.Tensor, Upstream
     begin = C // 3
     options = call.options._replace(shard=Shard(begin, C))
     call = call._replace(input=call.input[:, begin:], options=options)
-    on_device = Upstream(*(numbers.to(backend.device) for numbers in upstream))
+    on_device = Upstream(*(numbers.to(backend.device) for numbers in upstream[:2]))
     return call, sums.to(backend.device), on_device, grad[:, begin:]
 
 

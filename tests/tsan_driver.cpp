@@ -59,7 +59,7 @@ Bytes results(uint64_t seed, int threads) {
   Bytes weight = floats(random, acc, C), upstream = floats(random, acc, rows);
 
   Call call{};
-  call.C = C, call.rows = rows, call.dims.rank = 1, call.dims.sizes[0] = rows, call.scale = 1;
+  call.C = call.total = C, call.rows = rows, call.dims.rank = 1, call.dims.sizes[0] = rows, call.scale = 1;
   call.options = {-100, random.up_to(2) * 0.1, random.up_to(2) ? 1 : 0.7, random.up_to(2) * 5.0, random.up_to(2) * 0.01};
   call.input = view(input, dtype, class_stride, row_stride);
   if (probs) {
@@ -76,6 +76,7 @@ Bytes results(uint64_t seed, int threads) {
   call.across = lanes_across_rows(call);
   if (random.up_to(2)) call.weight = weight.data();
   if (random.up_to(2)) call.stats = reinterpret_cast<Stats*>(stats.data());
+  call.wants_stats = call.stats;
   call.saved = reinterpret_cast<double*>(saved.data());
   const View dx = view(grad, dtype, 1, C);
   if (fused) call.grad = dx;

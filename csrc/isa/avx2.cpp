@@ -23,6 +23,8 @@ namespace avx2 {
 
 #include "../across.inl.h"
 
+#include "../shard.inl.h"
+
 #include "../rows.inl.h"
 }  // namespace avx2
 }  // namespace fused_ce

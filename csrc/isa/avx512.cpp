@@ -23,6 +23,8 @@ namespace avx512 {
 
 #include "../across.inl.h"
 
+#include "../shard.inl.h"
+
 #include "../rows.inl.h"
 }  // namespace avx512
 }  // namespace fused_ce

@@ -21,6 +21,8 @@ namespace base {
 
 #include "../across.inl.h"
 
+#include "../shard.inl.h"
+
 #include "../rows.inl.h"
 }  // namespace base
 }  // namespace fused_ce

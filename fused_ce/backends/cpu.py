@@ -54,6 +54,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"the input has {dims} dimensions, not 1 to {_MAX_DIMS}")
     elif input.shape[0 if dims == 1 else 1] == 0:
         reasons.append("there are no classes")
+    if options.shard is not None and call.has_probs:
+        reasons.append("the target is probabilities, where a shard of the classes takes class indices")
     return reasons
 
 
@@ -63,8 +65,12 @@ def is_common(call: Call) -> bool:
 
 
 def saved_shape(call: Call) -> tuple[int, ...]:
-    """(columns, rows): m, so, q_others, and the largest logit under probabilities; nothing of few classes."""
-    return 0 if call.classes <= _C.few_classes else 3 + call.has_probs, call.rows
+    """(columns, rows): m, so, q_others, the largest logit under probabilities, and e_drop with statistics.
+
+    Nothing of few classes, whose sums backward makes again.
+    """
+    columns = 3 + call.has_probs + call.options.return_stats
+    return 0 if call.classes <= _C.few_classes else columns, call.rows
 
 
 def forward(call: Call, schedule: Schedule) -> Forward:
@@ -107,9 +113,7 @@ def backward(
 ) -> Gradients:
     """See `contract.Backend`."""
     input, target, weight, options = call
-    # One number: of a reduced loss, or expanded, as that of a sum over the losses is.
-    one_for_all = upstream.loss.dim() == 0 or (not any(upstream.loss.stride()) and call.rows > 0)
-    scale = upstream.loss.as_strided((), ()).item() if one_for_all else 1.0
+    of_rows, scale = _of_loss(upstream, call)
     if grad is not None:
         # Once more, for what has come: the first was right only for what was expected.
         options = options._replace(grad_scale=scale, return_stats=False)
@@ -124,15 +128,41 @@ def backward(
         _in_acc(weight, call),
         options,
         _num_items(options),
-        None if one_for_all else _in_acc(upstream.loss, call),
+        of_rows,
         scale,
         _in_acc(upstream.lse, call),
+        _in_acc(upstream.entropy, call),
         dx,
         dt,
         saved,
         torch.get_num_threads(),
     )
     return Gradients(dx, dt)
+
+
+def part(call: Call) -> Tensor:
+    """See `contract.Backend`."""
+    input, target, weight, options = call
+    sums = _empty(torch.float64, 8, call.rows)
+    _C.part(input, target, _in_acc(weight, call), options, sums, torch.get_num_threads())
+    return sums
+
+
+def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
+    """See `contract.Backend`."""
+    input, target, weight, options = call
+    _C.finish(
+        input,
+        target,
+        _in_acc(weight, call),
+        options,
+        sums,
+        *_of_loss(upstream, call),
+        _in_acc(upstream.lse, call),
+        _in_acc(upstream.entropy, call),
+        into,
+        torch.get_num_threads(),
+    )
 
 
 def rescale(
@@ -146,6 +176,14 @@ def rescale(
     if exactly and (grad.itemsize == 2 or not torch.finfo(grad.dtype).tiny <= abs(ratio) <= 8):
         return None
     return _torch.in_any_process(lambda: _multiplied(grad, ratio, target, options, keep))
+
+
+def _of_loss(upstream: Upstream, call: Call) -> tuple[Tensor | None, float]:
+    """The upstream gradients of the losses, and what multiplies them."""
+    # One number: of a reduced loss, or expanded, as that of a sum over the losses is.
+    if upstream.loss.dim() == 0 or (not any(upstream.loss.stride()) and call.rows > 0):
+        return None, upstream.loss.as_strided((), ()).item()
+    return _in_acc(upstream.loss, call), 1.0
 
 
 def _multiplied(grad: Tensor, ratio: float, target: Tensor, options: Options, keep: bool) -> Tensor:
@@ -181,17 +219,3 @@ def _in_acc(tensor: Tensor | None, call: Call) -> Tensor | None:
     if tensor is None or (tensor.dtype is call.acc and tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
     return _torch.in_any_process(lambda: tensor.detach().to(call.acc).contiguous().resolve_neg())
-
-
-def part(call: Call) -> Tensor:
-    """See `contract.Backend`."""
-    from . import reference
-
-    return reference.part(call)
-
-
-def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
-    """See `contract.Backend`."""
-    from . import reference
-
-    reference.finish(call, sums, upstream, into)

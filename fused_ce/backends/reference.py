@@ -66,7 +66,7 @@ def backward(
     keep: bool,
     wants_target: bool,
 ) -> Gradients:
-    return Gradients(*operators.gradients(call, upstream.loss, upstream.lse, wants_target))
+    return Gradients(*operators.gradients(call, upstream, wants_target))
 
 
 @overload

@@ -33,11 +33,12 @@ class VocabParallel(torch.autograd.Function):
         if not rows.call.options.return_stats:
             return loss
         stats = rows.stats(RowSums(*sums))
-        ctx.mark_non_differentiable(stats.z_loss, stats.argmax, stats.entropy)
+        ctx.mark_non_differentiable(stats.z_loss, stats.argmax)
         return loss, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *of_stats: Tensor | None) -> Any:
+        g_lse, _, _, g_entropy = of_stats or (None,) * 4
         input, target, weight, sums = map(_torch.with_memory, ctx.saved_tensors)
         rows, held = ctx.rows, ctx.held
         options = rows.call.options
@@ -49,26 +50,30 @@ class VocabParallel(torch.autograd.Function):
                 grad.narrow(class_dim(whole), held, whole.shape[class_dim(whole)] - held).zero_()
             call = rows.call._replace(input=own, target=target, weight=weight)
             if held:
-                ctx.backend.finish(call, sums, rows.upstream(RowSums(*sums), grad_output, g_lse), into)
+                upstream = rows.upstream(RowSums(*sums), grad_output, g_lse, g_entropy)
+                ctx.backend.finish(call, sums, upstream, into)
         if options.inplace:
             torch.autograd.graph.increment_version(input)
         if torch.is_grad_enabled():
-            grad = _Once.apply(grad, input)  # type: ignore[no-untyped-call]
+            grad = once(grad, input, grad_output, g_lse)
         return grad, None, None, None
 
 
-class _Once(torch.autograd.Function):
-    """Stands between the gradient and the logits that it depends on: they get no second derivative of zero."""
+def once(grad: Tensor, *others: Tensor | None) -> Tensor:
+    """The gradient, which depends on the others: they get no second derivative of zero."""
+    return _Once.apply(grad, *others)  # type: ignore[no-any-return, no-untyped-call]
 
+
+class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, input: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *others: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(
-            "expected one derivative of a vocab-parallel cross entropy, got a second one: gather the logits and call "
-            "fused_ce.cross_entropy for double backward"
+            "expected one derivative of a vocab-parallel cross entropy, got a second one: gather the logits (or the "
+            "linear weight) and call fused_ce.cross_entropy (linear_cross_entropy) for double backward"
         )
 
 

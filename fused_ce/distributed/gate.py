@@ -28,12 +28,7 @@ def judge(
     """
     if _torch.under_transforms():
         raise RuntimeError("vocab_parallel_cross_entropy cannot be transformed by torch.func or forward-mode autograd")
-    tensors = [input, target] if weight is None else [input, target, weight]
-    for tensor in tensors:
-        if not gate.is_strided(tensor):
-            raise TypeError(f"expected plain strided tensors, got {type(tensor).__name__}; give this rank's own part")
-        if tensor.device != input.device:
-            raise ValueError(f"expected all tensors on {input.device}, got one on {tensor.device}")
+    check_tensors(input, target, weight)
     if input.dtype not in FLOATS:
         raise TypeError(f"expected float32, float64, bfloat16 or float16 logits, got {input.dtype}")
     if target.dtype not in (torch.int64, torch.uint8):
@@ -48,10 +43,12 @@ def judge(
             f"expected one class weight for each of all {layout.shard.total} classes on every rank, "
             f"got {tuple(weight.shape)} of {weight.dtype}"
         )
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("expected class weights without a gradient, got some that require it; detach them")
     if options.reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}")
-    if not isinstance(options.label_smoothing, (float, int)) or not 0 <= options.label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {options.label_smoothing}")
+    if not isinstance(options.label_smoothing, (float, int)) or options.label_smoothing > 1:  # as torch has it
+        raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {options.label_smoothing!r}")
     if type(options.ignore_index) is not int:
         raise TypeError(f"ignore_index must be an int, got {options.ignore_index!r}")
     options = check_keywords(options, input.dtype)._replace(shard=layout.shard)
@@ -60,6 +57,17 @@ def judge(
         gate.check_inplace(call._replace(input=input))
     backend = dispatch.choose(call, name) if layout.held else None
     return call._replace(target=_torch.with_memory(target)), backend or dispatch.BACKENDS["reference"]
+
+
+def check_tensors(input: Tensor, *others: Tensor | None) -> None:
+    """Whether all are plain tensors on one device."""
+    for tensor in (input, *others):
+        if tensor is None:
+            continue
+        if not gate.is_strided(tensor):
+            raise TypeError(f"expected plain strided tensors, got {type(tensor).__name__}; give this rank's own part")
+        if tensor.device != input.device:
+            raise ValueError(f"expected all tensors on {input.device}, got one on {tensor.device}")
 
 
 def own(input: Tensor, layout: Layout) -> Tensor:  # (N, V_local, d1..dk)

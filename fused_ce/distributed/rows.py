@@ -55,16 +55,22 @@ class Rows(NamedTuple):
         lse, z_loss, entropy = (value.to(self.call.acc) for value in (lse, z_loss, entropy))
         return Stats(*(value.reshape(self.call.row_shape) for value in (lse, z_loss, argmax.long(), entropy)))
 
-    def upstream(self, sums: RowSums, grad_output: Tensor | None, g_lse: Tensor | None) -> Upstream:
+    def upstream(
+        self,
+        sums: RowSums,
+        grad_output: Tensor | None,  # () or R
+        g_lse: Tensor | None,  # R
+        g_entropy: Tensor | None,  # R
+    ) -> Upstream:
         """For `Backend.finish`: divided, and that of the z-loss within that of lse."""
         L = self.call.options.lse_square_scale
         nothing = self.w_y.new_zeros(())
         g = nothing if grad_output is None else grad_output.reshape(-1 if grad_output.dim() else ()).double()
-        of_lse = None if g_lse is None else g_lse.reshape(-1).double()
+        of_lse, of_entropy = (None if g_row is None else g_row.reshape(-1).double() for g_row in (g_lse, g_entropy))
         if L:
             of_z = 2 * L * (sums.m + minus_m(sums)) * (g / self.z_D)
             of_lse = of_z if of_lse is None else of_lse + of_z
-        return Upstream(g / self.D, of_lse)
+        return Upstream(g / self.D, of_lse, of_entropy)
 
 
 def rows_of(call: Call) -> Rows:

@@ -6,7 +6,6 @@ A status is LENGTH numbers: how the rank fared, what it was called with, and in 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,20 +29,25 @@ class Status(NamedTuple):
     options: int = 0  # a checksum
     tensors: int = 0  # likewise, of shapes and dtypes
     targets: int = 0  # likewise, of their values
+    others: int = 0  # likewise, of what a linear head has besides
     words: str = ""
 
-    def numbers(self) -> list[float]:
-        """LENGTH of them, each exact in float64."""
+    def numbers(self, device: torch.device) -> Tensor:  # (LENGTH,), each exact in float64
         *fields, words = self
-        text = [*map(ord, words)][: LENGTH - len(fields)]
-        return [*map(float, fields), *map(float, text)] + [0.0] * (LENGTH - len(fields) - len(text))
+        if device.type != "cpu":
+            # To bring a list there would wait for the device; and nobody reads more than `shards`.
+            there = torch.zeros(LENGTH, dtype=torch.float64, device=device)
+            for name in ("first", "held"):
+                there[self._fields.index(name)].fill_(getattr(self, name))
+            return there
+        told = [*map(float, fields), *map(float, map(ord, words))][:LENGTH]
+        return torch.tensor(told + [0.0] * (LENGTH - len(told)), dtype=torch.float64)
 
 
 def of_call(call: Call, held: int) -> Status:
     """Of a call that nothing was wrong with. On a GPU no values are compared, which would wait for it."""
     input, target, weight, options = call
     fields = options._replace(grad_scale=None, shard=None, inplace=False)
-    given = [_plain(value) for value in (*fields, None if weight is None else weight.sum())]
     targets = 0
     if target.is_cpu:
         places = torch.arange(1, target.numel() + 1)
@@ -52,10 +56,14 @@ def of_call(call: Call, held: int) -> Status:
         first=call.shard.first,
         held=held,
         total=call.shard.total,
-        options=zlib.crc32(repr(given).encode()),
-        tensors=zlib.crc32(repr((tuple(target.shape), input.dtype)).encode()),
+        options=checksum(*fields, None if weight is None else weight.sum() if weight.is_cpu else True),
+        tensors=checksum(tuple(target.shape), input.dtype),
         targets=targets,
     )
+
+
+def checksum(*values: object) -> int:
+    return zlib.crc32(repr([_plain(value) for value in values]).encode())
 
 
 def _plain(value: object) -> object:
@@ -78,15 +86,16 @@ def check(numbers: Tensor) -> None:  # (P, LENGTH)
         RuntimeError: the ranks were not called alike.
         ValueError: their shards are not the vocabulary.
     """
-    everyone = [_read(row) for row in numbers.tolist()]
+    everyone = [read(row) for row in numbers]
     for rank, status in enumerate(everyone):
-        if status.error != _FINE:
-            raise _ERRORS[status.error](f"{status.words} (on rank {rank} of the group)")
+        if error := error_of(status, f" (on rank {rank} of the group)"):
+            raise error
     for field, what in (
         ("total", "vocab_size"),
         ("options", "options or class weights"),
         ("tensors", "numbers of rows or dtypes of logits"),
         ("targets", "targets: each needs those of all rows, and the same"),
+        ("others", "numbers of features, rows of a chunk, grad_scale, reduce_input_grad or tensors that require grad"),
     ):
         values = [getattr(status, field) for status in everyone]
         others = [rank for rank, value in enumerate(values) if value != values[0]]
@@ -107,10 +116,22 @@ def check(numbers: Tensor) -> None:  # (P, LENGTH)
         )
 
 
-def _read(numbers: Sequence[float]) -> Status:
+def error_of(status: Status, where: str = "") -> Exception | None:
+    """What a rank failed with; None if it did not."""
+    return None if status.error == _FINE else _ERRORS[status.error](status.words + where)
+
+
+def first_failed(numbers: Tensor) -> Tensor:  # (P, LENGTH) -> (LENGTH,)
+    """The numbers of the first rank that failed; those of the first of all, if none did."""
+    return numbers[int((numbers[:, 0] != _FINE).byte().argmax())]
+
+
+def read(numbers: Tensor) -> Status:  # (LENGTH,)
+    """The status that gave these numbers."""
     count = len(Status._fields) - 1
-    fields = [int(number) if number == number else 0 for number in numbers[:count]]
-    return Status(*fields, "".join(chr(int(code)) for code in numbers[count:] if code > 0))  # type: ignore[arg-type, call-arg]
+    values = numbers.tolist()
+    fields = [int(number) if number == number else 0 for number in values[:count]]
+    return Status(*fields, "".join(chr(int(code)) for code in values[count:] if code > 0))  # type: ignore[arg-type, call-arg]
 
 
 def shards(numbers: Tensor) -> tuple[Tensor, Tensor]:  # (P, LENGTH) -> (P, 1) each

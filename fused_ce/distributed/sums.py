@@ -9,14 +9,13 @@ from torch import Tensor
 
 from ..contract import Backend, RowSums, row_shape
 from ..options import Options
-from . import status
 from .exchange import exchange, fail
 from .gate import judge
 from .layout import Ranks, locate
 from .rows import Rows, rows_of
+from .status import of_call
 
 
-@torch.no_grad()
 def sums_of(
     input: Tensor,  # (N, V_local, d1..dk), padding included
     target: Tensor,  # (N, d1..dk)
@@ -39,18 +38,21 @@ def sums_of(
         columns = input.shape[1 if input.dim() > 1 else 0]
         layout = locate(columns, vocab_start, vocab_size, ranks)
         call, backend = judge(input, target, weight, options, layout, name)
-        rows = rows_of(call)
-        part = backend.part(rows.call) if layout.held else _of_nothing(rows)
-        mine = status.of_call(call, layout.held)
+        with torch.no_grad():
+            rows = rows_of(call)
+            part = part_of(rows, backend)
+            mine = of_call(call, layout.held)
     except Exception as error:
         fail(error, math.prod(row_shape(input)), input.device, bool(options.return_stats), ranks)
         raise
     return rows, exchange(part, mine, rows, ranks), backend
 
 
-def _of_nothing(rows: Rows) -> Tensor:
-    """The sums of no class, (8, R): those of ignored rows are the same on every rank."""
-    nothing = {"m": -math.inf, "z_y": -math.inf, "argmax": math.inf}
-    sums = rows.w_y.new_tensor([nothing.get(field, 0.0) for field in RowSums._fields])[:, None]
-    ignored = rows.w_y.new_tensor([0.0] * 7 + [-1.0])[:, None]
-    return torch.where(rows.counted, sums, ignored)
+def part_of(rows: Rows, backend: Backend) -> Tensor:
+    """This rank's (8, R), of no class too: the sums of ignored rows are the same on every rank."""
+    if rows.call.classes:
+        return backend.part(rows.call)
+    sums = RowSums(*rows.w_y.new_zeros(len(RowSums._fields), len(rows.y)))
+    lowest = sums.m.masked_fill(rows.counted, -math.inf)
+    argmax = torch.full_like(lowest, -1).masked_fill(rows.counted, math.inf)
+    return torch.stack(sums._replace(m=lowest, z_y=lowest, argmax=argmax))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +13,33 @@ from ..autograd import frozen
 from ..contract import Backend, Stats, Upstream
 from ..options import Options
 from . import chunks, composite, products
-from .contract import LinearCall, LinearGradients, Wanted
+from .contract import LinearCall, LinearForward, LinearGradients, Loop, Wanted
 
 _INPUT, _LINEAR_WEIGHT, _TARGET, _LINEAR_BIAS, _WEIGHT, *_GRADIENTS = range(8)  # what is saved, in order
 _NOTHING = (None,) * 9  # of the Function's arguments
 _PLACES = (0, 1, 3)  # among them, of the three that get a gradient
 
 
-def with_gradient(call: LinearCall, backend: Backend) -> tuple[Tensor, Stats | None]:
+class InOneProcess(NamedTuple):
+    """The loop over rows of all classes; see `contract.Loop`."""
+
+    backend: Backend
+
+    def forward(self, call: LinearCall, wanted: Wanted) -> LinearForward:
+        return chunks.forward(call, self.backend, wanted)
+
+    def backward(self, call: LinearCall, wanted: Wanted, upstream: Upstream) -> LinearGradients:
+        return chunks.backward(call, self.backend, wanted, upstream)
+
+    def differentiable(
+        self, call: LinearCall, g_loss: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, wanted: Wanted
+    ) -> LinearGradients:
+        return composite.gradients(call, g_loss, g_lse, g_entropy, wanted)
+
+
+def with_gradient(call: LinearCall, loop: Loop) -> tuple[Tensor, Stats | None]:
     """The loss, part of autograd's graph, and the statistics if asked for."""
-    outputs = _apply(*call, backend)
+    outputs = _apply(*call, loop)
     return (outputs[0], Stats(*outputs[1:])) if call.options.return_stats else (outputs, None)
 
 
@@ -33,6 +50,11 @@ def is_fused(call: LinearCall) -> bool:
     """
     options = call.options
     return options.reduction != "none" and (not _is_narrow(call) or options.grad_scale is not None)
+
+
+def makes_gradients(call: LinearCall) -> bool:
+    """Whether forward does, here and now: hooks that free or move what is saved are to see the inputs alone."""
+    return is_fused(call) and not _torch.has_hooks()
 
 
 def _is_narrow(call: LinearCall) -> bool:
@@ -49,7 +71,7 @@ def _without_absurd_hint(call: LinearCall) -> LinearCall:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Linear cross entropy by chunks; exact when differentiated again."""
+    """Linear cross entropy by chunks, which a loop walks over."""
 
     @staticmethod
     def forward(
@@ -61,33 +83,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor | None,  # (V,)
         *rest: Any,
     ) -> Any:
-        *others, backend = rest
+        *others, loop = rest
         call = _without_absurd_hint(LinearCall(input, linear_weight, target, linear_bias, weight, *others))
         if isinstance(call.options.num_items, Tensor) or isinstance(call.options.grad_scale, Tensor):
             call = call._replace(options=frozen(call.options))
         wanted = Wanted(*(ctx.needs_input_grad[i] for i in _PLACES))
-        # Hooks that free or move what is saved are to see the inputs alone.
-        fused = is_fused(call) and not _torch.has_hooks()
-        loss, gradients, stats = chunks.forward(call, backend, wanted if fused else Wanted(False, False, False))
+        fused = makes_gradients(call)
+        loss, gradients, stats = loop.forward(call, wanted if fused else Wanted(False, False, False))
         ctx.save_for_backward(*call[:5], *gradients)
-        ctx.others, ctx.backend, ctx.fused, ctx.narrow = call[5:], backend, fused, _is_narrow(call)
+        ctx.others, ctx.loop, ctx.fused, ctx.narrow = call[5:], loop, fused, _is_narrow(call)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (input, linear_weight, linear_bias)]
         ctx.set_materialize_grads(False)
         if stats is None:
             return loss
-        ctx.mark_non_differentiable(stats.z_loss, stats.argmax, stats.entropy)
+        ctx.mark_non_differentiable(stats.z_loss, stats.argmax)
         return loss, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, g_lse: Tensor | None = None, *_: None) -> Any:
-        if grad_output is None and g_lse is None:
+    def backward(ctx: Any, grad_output: Tensor | None, *of_stats: Tensor | None) -> Any:
+        g_lse, _, _, g_entropy = of_stats or (None,) * 4
+        received = grad_output, g_lse, g_entropy
+        if all(g is None for g in received):
             return _NOTHING
         read = _torch.saved(ctx)
         wanted = Wanted(*(ctx.needs_input_grad[i] for i in _PLACES))
         # create_graph=True, or a transform of this backward: only differentiable operators will do.
-        if torch.is_grad_enabled() or _torch.is_transformed(grad_output) or _torch.is_transformed(g_lse):
-            return _placed(composite.gradients(_call(ctx, read), grad_output, g_lse, wanted))
-        if ctx.fused and g_lse is None:
+        if torch.is_grad_enabled() or any(map(_torch.is_transformed, received)):
+            return _placed(ctx.loop.differentiable(_call(ctx, read), *received, wanted))
+        if ctx.fused and g_lse is None and g_entropy is None:
             assert grad_output is not None
             made = LinearGradients(*(read(i) if want else None for i, want in zip(_GRADIENTS, wanted, strict=True)))
             options, keep = ctx.others[0], _torch.keeps_graph()
@@ -96,8 +119,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if found is not None:
                 return _placed(found)
         call = _call(ctx, read)
-        g_loss = call.input.new_zeros(()) if grad_output is None else _torch.with_memory(grad_output)
-        found = chunks.backward(call, ctx.backend, wanted, Upstream(g_loss, _torch.with_memory(g_lse)))
+        g_loss = call.input.new_zeros(()) if grad_output is None else grad_output
+        upstream = Upstream(*map(_torch.with_memory, (g_loss, g_lse, g_entropy)))
+        found = ctx.loop.backward(call, wanted, upstream)
         return _placed(rounded(found, call))
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from .. import _torch
 from ..backends import pool
-from ..contract import Backend, Call, Stats, Upstream
+from ..contract import Call, Stats, Upstream
 from ..options import Options
 from . import products
-from .contract import LinearCall, LinearForward, LinearGradients, Wanted
+from .contract import Kernels, LinearCall, LinearForward, LinearGradients, Wanted
 
 # Rows of a chunk. float32 products reach their speed at 256; the weight gradient of a 16-bit chunk is rounded, then
 # added to a float32 sum of V x H numbers, which more rows share; on a GPU that traffic hides from some 930 rows on.
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
         return torch.float64 if self.W.dtype == torch.float64 else torch.float32
 
 
-def forward(call: LinearCall, backend: Backend, wanted: Wanted) -> LinearForward:
+def forward(call: LinearCall, backend: Kernels, wanted: Wanted) -> LinearForward:
     """The loss, the statistics if asked for, and the gradients wanted, for an upstream gradient of grad_scale.
 
     Raises:
@@ -64,12 +64,12 @@ def forward(call: LinearCall, backend: Backend, wanted: Wanted) -> LinearForward
     return _torch.in_any_process(lambda: _forward(call, backend, wanted))
 
 
-def backward(call: LinearCall, backend: Backend, wanted: Wanted, upstream: Upstream) -> LinearGradients:
+def backward(call: LinearCall, backend: Kernels, wanted: Wanted, upstream: Upstream) -> LinearGradients:
     """The gradients wanted for these upstream gradients, from the inputs alone."""
     return _torch.in_any_process(lambda: _backward(call, backend, wanted, upstream))
 
 
-def _forward(call: LinearCall, backend: Backend, wanted: Wanted) -> LinearForward:
+def _forward(call: LinearCall, backend: Kernels, wanted: Wanted) -> LinearForward:
     plan, options = _plan(call), call.options
     N, dtype, none = len(call.input), options.dtype or call.product_dtype, options.reduction == "none"
     loss = call.input.new_zeros(N if none else (), dtype=dtype if none else torch.float64)
@@ -92,13 +92,13 @@ def _forward(call: LinearCall, backend: Backend, wanted: Wanted) -> LinearForwar
     return LinearForward(loss.to(dtype), gradients, stats)
 
 
-def _backward(call: LinearCall, backend: Backend, wanted: Wanted, upstream: Upstream) -> LinearGradients:
-    plan = _plan(call._replace(options=call.options._replace(return_stats=False, grad_scale=None)))
+def _backward(call: LinearCall, backend: Kernels, wanted: Wanted, upstream: Upstream) -> LinearGradients:
+    wants_stats = upstream.entropy is not None
+    plan = _plan(call._replace(options=call.options._replace(return_stats=wants_stats, grad_scale=None)))
     gradients = _empty(call, plan, wanted)
     for i, chunk in enumerate(_chunks(call, plan)):
         saved = backend.forward(chunk.call, "recompute").saved
-        loss, lse = upstream.loss, upstream.lse
-        of_rows = Upstream(loss if loss.dim() == 0 else loss[chunk.rows], None if lse is None else lse[chunk.rows])
+        of_rows = Upstream(*(g if g is None or g.dim() == 0 else g[chunk.rows] for g in upstream))  # type: ignore[arg-type]
         _add(gradients, backend.backward(chunk.call, None, saved, of_rows, False, False).input, chunk, plan, i == 0)
     return gradients
 
@@ -116,16 +116,28 @@ def gradient_dtypes(call: LinearCall) -> tuple[torch.dtype, torch.dtype, torch.d
     # an only chunk is rounded once as it is.
     if dtype == acc:  # in which case a graph is not bound to how many rows there are
         return acc, acc, acc
-    return call.input.dtype, (dtype if call.input.shape[0] <= _most_rows(call) else acc), acc
+    # Of a shard of the classes the input's gradient is one term of a sum.
+    of_input = call.input.dtype if call.options.shard is None else acc
+    return of_input, (dtype if call.input.shape[0] <= _most_rows(call) else acc), acc
 
 
 def _most_rows(call: LinearCall) -> int:
     if call.chunk_rows is not None:
         return call.chunk_rows
-    if not can_wait(call.input):
+    return most_rows(call.input, call.product_dtype, call.linear_weight.shape[0])
+
+
+def most_rows(input: Tensor, product_dtype: torch.dtype, classes: int) -> int:  # (N, H)
+    """Rows of a chunk, where the call does not say."""
+    if not can_wait(input):
         return _ROWS_ON_A_GPU
-    narrow = products.computed_in(call.product_dtype, call.input.device).itemsize == 2
-    return max(_ROWS_OF_16_BITS if narrow else _ROWS, _LOGITS // max(1, call.linear_weight.shape[0]))
+    narrow = products.computed_in(product_dtype, input.device).itemsize == 2
+    return max(_ROWS_OF_16_BITS if narrow else _ROWS, _LOGITS // max(1, classes))
+
+
+def chunk_size(call: LinearCall, taken: int) -> int:
+    """Chunks of one size, so that the last is not a small rest."""
+    return max(1, math.ceil(taken / max(1, math.ceil(taken / _most_rows(call)))))
 
 
 def _plan(call: LinearCall) -> Plan:
@@ -163,8 +175,7 @@ def _with_divisor(call: LinearCall, counted: Tensor | None, count: int) -> tuple
 def _chunks(call: LinearCall, plan: Plan) -> Iterator[Chunk]:
     """Each holds the same memory; it is overwritten by the next."""
     dtype, (V, H) = plan.W.dtype, plan.W.shape
-    # Chunks of one size, so that the last is not a small rest.
-    size = max(1, math.ceil(plan.taken / max(1, math.ceil(plan.taken / _most_rows(call)))))
+    size = chunk_size(call, plan.taken)
     logits, gathered = _memory((size, V), plan.W), None
     if plan.kept is not None:
         gathered = call.input.new_empty((size, H))
@@ -204,7 +215,7 @@ def _empty(call: LinearCall, plan: Plan, wanted: Wanted) -> LinearGradients:
 def _add(gradients: LinearGradients, g: Tensor, chunk: Chunk, plan: Plan, first: bool) -> None:  # g: (n, V)
     dx, dW, db = gradients
     if dx is not None:
-        if isinstance(chunk.rows, slice) and dx.dtype == g.dtype:
+        if isinstance(chunk.rows, slice):
             products.input_grad(g, plan.W, dx[chunk.rows])
         else:
             dx[chunk.rows] = products.input_grad(g, plan.W, g.new_empty(chunk.x.shape)).to(dx.dtype)

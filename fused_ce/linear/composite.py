@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import operators
-from ..contract import Call
+from ..contract import Call, Upstream
 from . import products
 from .contract import LinearCall, LinearGradients, Wanted
 
@@ -17,7 +17,9 @@ def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     return torch.where((target.long() == ignore_index).unsqueeze(-1), 0, input)
 
 
-def gradients(call: LinearCall, g_loss: Tensor | None, g_lse: Tensor | None, wanted: Wanted) -> LinearGradients:
+def gradients(
+    call: LinearCall, g_loss: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, wanted: Wanted
+) -> LinearGradients:
     """The gradients wanted for these upstream gradients, () or (N,), out of differentiable operators."""
     with torch.autocast(call.input.device.type, enabled=False):
         dtype = products.computed_in(call.product_dtype, call.input.device)
@@ -25,9 +27,9 @@ def gradients(call: LinearCall, g_loss: Tensor | None, g_lse: Tensor | None, wan
         if not call.has_probs:
             x = without_ignored(x, call.target, call.options.ignore_index)
         logits = F.linear(x, W, None if call.linear_bias is None else call.linear_bias.to(dtype))
-        options = call.options._replace(return_stats=False)
         g_loss = logits.new_zeros(()) if g_loss is None else g_loss
-        g, _ = operators.gradients(Call(logits, call.target, call.weight, options), g_loss, g_lse, False)
+        upstream = Upstream(g_loss, g_lse, g_entropy)
+        g, _ = operators.gradients(Call(logits, call.target, call.weight, call.options), upstream, False)
         return LinearGradients(
             (g @ W).to(call.input.dtype) if wanted.input else None,
             (g.t() @ x).to(call.linear_weight.dtype) if wanted.linear_weight else None,

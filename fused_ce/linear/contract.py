@@ -5,12 +5,12 @@ Letters: N rows, H features, V classes; K is the logits' shape of one row of a K
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..contract import Stats
+from ..contract import Call, Forward, Gradients, Schedule, Stats, Upstream
 from ..options import Options
 
 
@@ -54,3 +54,28 @@ class LinearForward(NamedTuple):
     loss: Tensor  # () or (N,)
     gradients: LinearGradients  # for an upstream gradient of `options.grad_scale`
     stats: Stats | None  # (N,) each, with `options.return_stats`
+
+
+class Kernels(Protocol):
+    """What the loop asks of a backend."""
+
+    def forward(self, call: Call, schedule: Schedule) -> Forward: ...
+
+    def backward(
+        self, call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
+    ) -> Gradients: ...
+
+
+class Loop(Protocol):
+    """What walks over the rows of a call: in one process, or in each of those that share the classes."""
+
+    def forward(self, call: LinearCall, wanted: Wanted) -> LinearForward:
+        """The loss, the statistics if asked for, and the gradients wanted."""
+
+    def backward(self, call: LinearCall, wanted: Wanted, upstream: Upstream) -> LinearGradients:
+        """The gradients wanted for these upstream gradients, from the inputs alone."""
+
+    def differentiable(
+        self, call: LinearCall, g_loss: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, wanted: Wanted
+    ) -> LinearGradients:
+        """The same for a backward that is itself differentiated or vectorised, each in its tensor's dtype."""

@@ -13,7 +13,7 @@ from ..contract import Call
 from ..functional import CrossEntropyOutput, cross_entropy
 from ..options import Options, check_keywords
 from . import chunks, composite, gate, ops
-from .autograd import with_gradient
+from .autograd import InOneProcess, with_gradient
 from .contract import Wanted
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ def linear_cross_entropy(
         logit_scale, softcap, lse_square_scale, num_items: see `cross_entropy`.
         grad_scale: the upstream gradient that backward will see, such as a loss scaler's scale (default 1). A hint: the
             gradients are right for any other too. float16 gains most: see docs/performance.md.
-        return_stats: return a `CrossEntropyOutput` of rows in the target's shape; lse is differentiable.
+        return_stats: return a `CrossEntropyOutput` of rows in the target's shape; lse and entropy are
+            differentiable.
         chunk_rows: rows of a chunk, which needs memory for chunk_rows x V logits. Default: what the products want
             (256; 1024 of 16 bits; 2048 on a GPU).
         backend: "cpu", "triton" or "reference" instead of the best that takes the call.
@@ -166,6 +167,13 @@ def linear_cross_entropy(
     if dtype is not None or grad_scale is not None or not asked.is_plain:
         asked = check_keywords(asked, input.dtype)
     rows = gate.chunk_rows(chunk_rows, options)
+    if _torch.is_dtensor(linear_weight) and not target.is_floating_point():
+        from ..distributed import linear_dtensor  # which imports what only DTensors need
+
+        if linear_dtensor.class_dim(linear_weight) is not None:  # type: ignore[arg-type]
+            given = asked._asdict() | {"linear_bias": linear_bias, "weight": weight, "chunk_rows": rows}
+            del given["inplace"], given["shard"]
+            return linear_dtensor.linear_cross_entropy(input, linear_weight, target, given | {"backend": backend})  # type: ignore[arg-type]
     x, y = input, target
     if input.dim() > 2:
         x, y = input.flatten(0, -2), target.flatten(0, input.dim() - 2)
@@ -176,14 +184,14 @@ def linear_cross_entropy(
         judged = gate.judge(x, linear_weight, y, linear_bias, weight, asked, rows, backend)
     if judged is None:
         if input.dim() > 2:
-            return _unflattened(_whole(x, linear_weight, y, linear_bias, weight, asked, backend), input.shape[:-1])
+            return unflattened(_whole(x, linear_weight, y, linear_bias, weight, asked, backend), input.shape[:-1])
         return _whole(input, linear_weight, target, linear_bias, weight, asked, backend)
     call, chosen = judged
-    wanted = Wanted(*(torch.is_grad_enabled() and _requires_grad(t) for t in (x, linear_weight, linear_bias)))
+    wanted = Wanted(*map(requires_grad, (x, linear_weight, linear_bias)))
     if torch.compiler.is_compiling() or _torch.is_dispatched():
         loss, stats = ops.traced(call, backend, wanted)
     elif any(wanted):
-        loss, stats = with_gradient(call, chosen)
+        loss, stats = with_gradient(call, InOneProcess(chosen))
     else:
         loss, _, stats = chunks.forward(call, chosen, wanted)
     result: Tensor | CrossEntropyOutput = loss
@@ -191,11 +199,11 @@ def linear_cross_entropy(
         # All that is read of the logits there is whether the targets have their shape.
         like = Call(y if call.has_probs else x, y, weight, call.options)
         result = functional.output(loss, stats, like)
-    return result if input.dim() == 2 else _unflattened(result, input.shape[:-1])
+    return result if input.dim() == 2 else unflattened(result, input.shape[:-1])
 
 
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+def requires_grad(tensor: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
 
 
 def _whole(
@@ -216,9 +224,9 @@ def _whole(
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = F.linear(input, linear_weight.flatten(0, -2), bias)
         logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
-    given = options._asdict()
+    given = options.keywords()
     given.pop("inplace")
-    return cross_entropy(logits, target, weight, **given, backend=backend)
+    return cross_entropy(logits, target, weight, **given, backend=backend)  # type: ignore[no-any-return]
 
 
 def _may_be_ignored(target: Tensor, options: Options) -> bool:
@@ -228,7 +236,7 @@ def _may_be_ignored(target: Tensor, options: Options) -> bool:
     return type(target) is not Tensor or bool((target.long() == options.ignore_index).any())
 
 
-def _unflattened(result: Tensor | CrossEntropyOutput, leading: torch.Size) -> Tensor | CrossEntropyOutput:
+def unflattened(result: Tensor | CrossEntropyOutput, leading: torch.Size) -> Tensor | CrossEntropyOutput:
     """What is one value a row, in the shape of the rows."""
     if isinstance(result, Tensor):
         return result.reshape(leading) if result.dim() else result

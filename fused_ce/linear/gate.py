@@ -95,7 +95,7 @@ def judge(
         return None
     if any(tensor.device != input.device for tensor in (*factors, target)) or target.requires_grad:
         return None
-    dtype, N = _product_dtype(factors), input.shape[0]
+    dtype, N = product_dtype(factors), input.shape[0]
     if dtype is None or _torch.surely(N == 0) or target.shape not in (input.shape[:1], (N, linear_weight.shape[0])):
         return None
     # The backend judges a row of logits, which takes no memory: all that matters is its shape and dtype.
@@ -107,7 +107,7 @@ def judge(
         return None
     options = seen.options._replace(dtype=seen.options.dtype or dtype)
     call = LinearCall(input, linear_weight, target, linear_bias, weight, options, dtype, chunk_rows)
-    return (call if torch.compiler.is_compiling() else _with_memory(call)), backend
+    return (call if torch.compiler.is_compiling() else with_memory(call)), backend
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -122,7 +122,7 @@ def _is_small(input: Tensor, linear_weight: Tensor, chunk_rows: int | None) -> b
     return _torch.surely(logits <= _LOGITS) and _torch.surely(logits * input.shape[1] <= _MULTIPLICATIONS)
 
 
-def _product_dtype(factors: list[Tensor]) -> torch.dtype | None:
+def product_dtype(factors: list[Tensor]) -> torch.dtype | None:
     """What torch makes the products in: the factors' one dtype, or autocast's; None: it refuses them."""
     kind = factors[0].device.type
     if torch.is_autocast_enabled(kind):
@@ -133,7 +133,7 @@ def _product_dtype(factors: list[Tensor]) -> torch.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def _with_memory(call: LinearCall) -> LinearCall:
+def with_memory(call: LinearCall) -> LinearCall:
     """Zeros that torch keeps without memory are made real.
 
     Raises:

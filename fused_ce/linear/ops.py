@@ -22,16 +22,13 @@ _CALL = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias,
 _REST = f"{ops.OPTIONS}, ScalarType product_dtype, SymInt? chunk_rows"
 _WANTED = "bool wants_input, bool wants_linear_weight, bool wants_linear_bias"
 _GRADIENTS = "Tensor d_input, Tensor d_linear_weight, Tensor d_linear_bias"
-_LIBRARY: Any = torch.library.Library("fused_ce", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define(
+ops.LIBRARY.define(
     f"linear_forward({_CALL}, {_REST}, {_WANTED}, bool wants_stats)"
     f" -> (Tensor loss, {_GRADIENTS}, Tensor lse, Tensor z_loss, Tensor argmax, Tensor entropy)",
     tags=_TAGS,
 )
-_LIBRARY.define(
-    f"linear_backward(Tensor? grad_output, Tensor? g_lse, {_CALL}, {_REST}, {_WANTED}) -> ({_GRADIENTS})", tags=_TAGS
-)
+ops.LIBRARY.define(f"linear_backward({ops.RECEIVED}, {_CALL}, {_REST}, {_WANTED}) -> ({_GRADIENTS})", tags=_TAGS)
 _TENSORS = 5  # of _CALL
 _NONE = Wanted(False, False, False)
 
@@ -40,7 +37,7 @@ def traced(call: LinearCall, backend: str | None, wanted: Wanted) -> tuple[Tenso
     """The call as one operator in the graph that is being traced."""
     input, linear_weight, target, linear_bias, weight, options, product_dtype, chunk_rows = call
     arguments = ops.arguments(Call(input, target, weight, options), backend)
-    found = torch.ops.fused_ce.linear_forward(
+    found = ops.OPERATORS.linear_forward(
         input, linear_weight, target, linear_bias, weight, *arguments[3:], product_dtype, chunk_rows, *wanted,
         options.return_stats,
     )  # fmt: skip
@@ -75,11 +72,13 @@ def _filled(gradients: LinearGradients, like: Tensor) -> list[Tensor]:
     return [ops.or_empty(gradient, like) for gradient in gradients]
 
 
-def _backward(grad_output: Tensor | None, g_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(
+    grad_output: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
     rest, wanted = arguments[:-3], Wanted(*arguments[-3:])
     call, backend = _call([_torch.with_memory(tensor) for tensor in rest[:_TENSORS]], rest[_TENSORS:])
     g_loss = call.input.new_zeros(()) if grad_output is None else grad_output
-    upstream = Upstream(_torch.with_memory(g_loss), _torch.with_memory(g_lse))
+    upstream = Upstream(*map(_torch.with_memory, (g_loss, g_lse, g_entropy)))
     return tuple(_filled(rounded(chunks.backward(call, backend, wanted, upstream), call), call.input))
 
 
@@ -94,8 +93,8 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return loss, *gradients, *ops.fake_stats(input, rows, acc, wants_stats)
 
 
-def _backward_fake(grad_output: Tensor | None, g_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    rest, wanted = arguments[:-3], arguments[-3:]
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    rest, wanted = arguments[3:-3], arguments[-3:]
     call, _ = _call(rest[:_TENSORS], rest[_TENSORS:], values=False)
     tensors = (call.input, call.linear_weight, call.linear_bias)
     return tuple(_empty_gradients(call, wanted, [None if t is None else t.dtype for t in tensors]))
@@ -115,12 +114,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, *gradients, lse, z_loss, argmax, entropy = output
     ctx.save_for_backward(*rest[:_TENSORS], *gradients)
     ctx.rest = rest[_TENSORS:]
-    ctx.mark_non_differentiable(*gradients, z_loss, argmax, entropy, *(() if ctx.wants_stats else (lse,)))
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*gradients, z_loss, argmax, *(() if ctx.wants_stats else (lse, entropy)))
 
 
 def _derivative(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, dx, dW, db = ctx.saved_tensors
-    g_lse = others[3] if ctx.wants_stats else None
+    g_lse, g_entropy = (others[3], others[6]) if ctx.wants_stats else (None, None)
+    received = grad_output, g_lse, g_entropy
     wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     nothing = [None] * (len(ctx.rest) + 4)
 
@@ -129,18 +130,17 @@ def _derivative(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor 
         return of_input, of_weight, None, of_bias, None, *nothing
 
     call, _ = _call(tensors, ctx.rest, values=False)
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _torch.is_transformed(grad_output)):
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(map(_torch.is_transformed, received))):
         # Under a mode, but not in a graph: differentiable again.
-        return placed(composite.gradients(_call(tensors, ctx.rest)[0], grad_output, g_lse, wanted))
+        return placed(composite.gradients(_call(tensors, ctx.rest)[0], *received, wanted))
     if _makes_gradients(call, ctx.wants_stats):
         acc = chunks.gradient_dtypes(call)[2]
         made = [grad * grad_output.to(acc) if want else None for grad, want in zip((dx, dW, db), wanted, strict=True)]
         return placed(rounded(LinearGradients(*made), call))
-    return placed(torch.ops.fused_ce.linear_backward(grad_output, g_lse, *tensors, *ctx.rest, *wanted))
+    return placed(ops.OPERATORS.linear_backward(*received, *tensors, *ctx.rest, *wanted))
 
 
 ops.register(
-    _LIBRARY,
     "linear_",
     (_forward, _backward),
     (_forward_fake, _backward_fake),

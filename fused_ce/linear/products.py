@@ -58,9 +58,13 @@ def logits(
 def input_grad(
     g: Tensor,  # (n, V)
     W: Tensor,  # (V, H)
-    out: Tensor,  # (n, H)
+    out: Tensor,  # (n, H), of the dtype of g and W or wider
 ) -> Tensor:
     """out = g @ W"""
+    if out.dtype != g.dtype:
+        if out.is_cuda and _torch.ADDS_IN_FLOAT32:
+            return torch.addmm(out.zero_(), g, W, out.dtype, out=out)
+        return out.copy_(torch.mm(g, W, out=g.new_empty(out.shape)))
     if _by_onednn(INPUT_GRAD, g):
         for v in range(0, len(W), _SUMMED):
             part = slice(v, v + _SUMMED)

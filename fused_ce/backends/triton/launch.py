@@ -110,6 +110,8 @@ def backward(
     call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
 ) -> Gradients:
     """The gradients: recomputed, or the fused one made right if the upstream gradient is not grad_scale."""
+    if upstream.entropy is not None:  # which the kernels do not differentiate yet
+        return self_check.backward_by_torch(call, None, upstream, keep, wants_target)
     return _backward(call, grad, saved, upstream, keep, wants_target, None)
 
 

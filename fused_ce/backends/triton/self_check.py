@@ -146,7 +146,7 @@ def backward_is_right(
         few_saved = torch.cat([saved[: few.row_shape.numel()], saved[-1:]])
         result = run(few_call, None if grad is None else _first(grad, call).clone(), few_saved, few_upstream)
         D, count = saved[-1, :2].tolist() if call.options.reduction == "mean" else (1.0, 1.0)
-        exact = sample(few, (D, count), *few_upstream)
+        exact = sample(few, (D, count), few_upstream.loss, few_upstream.lse)
         if exact is None:
             yield None
             return
@@ -182,11 +182,11 @@ def finish_is_right(
     def findings() -> Iterator[str | None]:
         few = _few(call)
         R = few.rows
-        g, g_lse = (t if t is None or t.dim() == 0 else t.reshape(-1)[:R] for t in upstream)
+        g, g_lse = (t if t is None or t.dim() == 0 else t.reshape(-1)[:R] for t in (upstream.loss, upstream.lse))
         assert g is not None
         few_sums, few_upstream, grad = sums[:, :R].contiguous(), Upstream(g, g_lse), _copied(_first(into, call))
         run(few, few_sums, few_upstream, grad)
-        exact = sample(few, (1.0, 1.0), *few_upstream)
+        exact = sample(few, (1.0, 1.0), g, g_lse)
         yield None if exact is None else exact.shard_grad_differs(grad, few_sums)
 
     return _judge(variant, findings)

@@ -39,7 +39,8 @@ def _part(call: Call, like: Cut | None) -> Tensor:
 
 def finish(call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
     """See `contract.Backend`."""
-    if self_check.declines(call.input.device):
+    # The kernels do not differentiate the entropy yet.
+    if upstream.entropy is not None or self_check.declines(call.input.device):
         reference.finish(call, sums, upstream, into)
         return
     upstream = Upstream(readable(upstream.loss), None if upstream.lse is None else readable(upstream.lse))

@@ -96,7 +96,7 @@ def load_target(target, number, row_mask, C, ignore_index, bad):
     counted, exists = row_mask & (y != ignore_index), (y >= 0) & (y < C)
     if bad is not None:
         tl.store(bad + tl.zeros_like(y), y, mask=counted & ~exists)
-    return counted, tl.where(exists, y, -1).to(tl.int32)
+    return counted, tl.where(exists, y, -1)
 
 
 @triton.jit
@@ -117,6 +117,7 @@ def load_group(p, r, given, C, inner, ignore_index, bad, PROBS: tl.constexpr):
         if given.shard is not None:
             here = y - given.shard.first
             y = tl.where(y < 0, y, tl.where((here >= 0) & (here < C), here, ELSEWHERE))
+        y = y.to(tl.int32)  # only now: all classes may be more than it holds
     return RowGroup(o, i, row_mask, number, counted, y)
 
 
