@@ -87,6 +87,11 @@ SHARDS = (
     (4099, "shards smooth inplace none"),
     (50257, "shards inplace ignored none"),  # rows of both shards begin anywhere
     (50257, "shards rows9 few"),
+    (4099, "shards stats ignored"),
+    (50257, "shards stats inf few none"),
+    (1000, "shards far none"),
+    (4099, "checked shards inplace smooth none"),
+    (1000, "checked shards stats"),
 )
 HALF = ("plain", "none", "fused inplace", "few", "inplace rows9", "smooth weight softcap scaled z stats", "probs")
 

@@ -29,8 +29,9 @@ def compiled(i: Instruction, machine: Machine) -> Run | None:
     if base == "ld" and mods[0] == "param":
         write, name = machine.registers.writer(i.operands[0], mods[-1]), i.operands[1][1:-1].strip()
         return lambda mask: write(machine.params[name], mask)
-    makers = {"ld": _memory, "st": _memory, "mov": _move, "shfl": _shuffle, "stmatrix": _matrix, "redux": _redux}
-    makers |= {"bar": _barrier, "barrier": _barrier, "mapa": _map, "createpolicy": _policy, "cvta": _copy}
+    makers = {"ld": _memory, "st": _memory, "mov": _move, "shfl": _shuffle, "redux": _redux, "cvta": _copy}
+    makers |= {"bar": _barrier, "barrier": _barrier, "mapa": _map, "createpolicy": _policy}
+    makers |= {"stmatrix": _matrix, "ldmatrix": _matrix}
     return makers.get(base, _compute)(i, mods, machine)
 
 
@@ -111,27 +112,38 @@ def _memory(i: Instruction, mods: list[str], machine: Machine) -> Run:
 
 
 def _matrix(i: Instruction, mods: list[str], machine: Machine) -> Run:
-    """stmatrix: 8 x 8 numbers of 16 bits a register; lanes 8 k to 8 k + 7 say where the rows of the k-th go."""
-    count = next((int(mod[1:]) for mod in mods if re.fullmatch(r"x[124]", mod)), 0)
-    names = [name.strip() for name in i.operands[1].strip("{} ").split(",")]
+    """stmatrix, ldmatrix: 8 x 8 numbers of 16 bits a register; lanes 8 k to 8 k + 7 name the k-th's rows."""
+    store, count = i.op.startswith("st"), next((int(mod[1:]) for mod in mods if re.fullmatch(r"x[124]", mod)), 0)
+    at, values = i.operands if store else i.operands[::-1]
+    names = [name.strip() for name in values.strip("{} ").split(",")]
     if "m8n8" not in mods or mods[-1] != "b16" or mods[-2] not in ("shared", "shared::cta") or len(names) != count:
         raise Unknown(i.text)
-    where, lane = machine.registers.address(i.operands[0], i), machine.lane
-    reads = [machine.registers.reader(name, "b32", i) for name in names]
+    where, lane = machine.registers.address(at, i), machine.lane
+    reads = [machine.registers.reader(name, "b32", i) for name in names] if store else []
+    writes = [] if store else [machine.registers.writer(name, "b32") for name in names]
+
+    def places(k: int, j: int) -> Array:
+        """Of the j-th number that each thread holds of matrix k."""
+        rows = machine.all_threads(where())
+        row, column = lane // 4, 2 * (lane % 4) + j
+        if "trans" in mods:
+            row, column = column, row
+        at: Array = rows[machine.thread - lane + 8 * k + row] + 2 * column
+        return at
 
     def run(mask: Any) -> None:
         machine.whole_warps(mask, i)
-        rows = machine.all_threads(where())
-        if (rows % 16).any():
+        named = machine.all_threads(where())[lane < 8 * count]
+        if (named % 16).any():
             machine.faults.add("alignment", i, "a row of a matrix that does not begin at 16 bytes")
-        for k, read in enumerate(reads):
-            halves = np.ascontiguousarray(machine.all_threads(read())).view(np.uint16).reshape(-1, 2)
-            for j in range(2):
-                row, column = lane // 4, 2 * (lane % 4) + j
-                if "trans" in mods:
-                    row, column = column, row
-                at = rows[machine.thread - lane + 8 * k + row] + 2 * column
-                machine.access.store(i, "shared", at, [np.ascontiguousarray(halves[:, j])], mask)
+        for k in range(count):
+            if store:
+                whole = np.ascontiguousarray(machine.all_threads(reads[k]()))
+                for j, half in enumerate(whole.view(np.uint16).reshape(-1, 2).T):
+                    machine.access.store(i, "shared", places(k, j), [np.ascontiguousarray(half)], mask)
+            else:
+                halves = [machine.access.load(i, "shared", places(k, j), 2, 1, mask)[0] for j in range(2)]
+                writes[k](halves[0].astype(np.uint32) | halves[1].astype(np.uint32) << np.uint32(16), mask)
 
     return run
 

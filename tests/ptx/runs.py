@@ -16,7 +16,7 @@ from fused_ce import check_targets, cross_entropy, linear_cross_entropy
 from fused_ce.backends.triton import launch, self_check
 from fused_ce.contract import Call, Upstream
 from fused_ce.linear import chunks, products
-from fused_ce.options import Options
+from fused_ce.options import Options, Shard
 
 from .calls import Computed, without
 
@@ -89,11 +89,12 @@ def bad(call: Drawn) -> Iterator[str]:
 
 
 def checked(call: Drawn) -> Iterator[str]:
-    """With the look that a kernel gets at its first launch on a device."""
+    """With the look that a kernel gets at its first launch on a device, those of shards too."""
+    run = shards if "shards" in call.notes["words"] else public
     self_check._is_wanted.cache_clear()
     agreed = len(self_check.PASSED) + len(self_check.UNCOMPARED)
     with mock.patch.object(self_check, "SETTING", "1"), mock.patch.object(self_check, "_settled", set()):
-        yield from public(call)
+        yield from run(call)
     self_check._is_wanted.cache_clear()
     if len(self_check.PASSED) + len(self_check.UNCOMPARED) == agreed:
         yield "nothing was compared"
@@ -130,24 +131,17 @@ def linear(call: Drawn) -> Iterator[str]:
 
 def shards(call: Drawn) -> Iterator[str]:
     """`part` of two shards of the classes, their sums joined here, `finish` of each."""
-    from fused_ce.options import Shard
-
     R, C = call.input.shape
     cut, options = C // 3 + 1, Options(**call.keywords)
     pieces = [(0, call.input[:, :cut]), (cut, call.input[:, cut:])]
-    calls = [
-        Call(piece, call.target, call.weight, options._replace(shard=Shard(first, C), inplace=False))
-        for first, piece in pieces
-    ]
+    alone = options._replace(inplace=False)
+    calls = [Call(z, call.target, call.weight, alone._replace(shard=Shard(first, C))) for first, z in pieces]
     sums = joined([launch.part(each) for each in calls])
     exact = answers(call, 1.0, False)
     D = 1.0
     if options.reduction == "mean":
-        D = (
-            float(exact.counted.sum())
-            if call.weight is None
-            else float(call.weight[call.target.clamp_min(0)].double()[torch.from_numpy(exact.counted)].sum())
-        )
+        ones = np.ones(C) if call.weight is None else call.weight.double().numpy()
+        D = float(ones[call.target[torch.from_numpy(exact.counted)]].sum())
     upstream = Upstream(torch.broadcast_to(call.upstream.to(sums.dtype) / D, (R,)).contiguous(), None)
     grads = []
     for each in calls:
@@ -155,19 +149,29 @@ def shards(call: Drawn) -> Iterator[str]:
         launch.finish(each, sums, upstream, into)
         grads.append(into)
     yield from gradient_faults(call, torch.cat(grads, 1), exact, None)
-    m, so, z_y, q_y, q_others, q_drop = sums[:6].numpy()
-    lse = m + np.log(so + np.exp(z_y - m))
+    m, so, z_y, q_y, q_others, q_drop, e_drop, argmax = sums.numpy()
+    with np.errstate(all="ignore"):  # of ignored rows
+        e_y = np.exp(z_y - m)
+        lse, spread = m + np.log(so + e_y), e_drop + np.where(e_y > 0, e_y * (m - z_y), 0)
+        entropy = lse - m + spread / (so + e_y)
+    if options.return_stats:
+        wide = torch.float64 if call.input.dtype == torch.float64 else torch.float32
+        for name, got in (("lse", lse), ("entropy", entropy)):
+            yield from differs(name, torch.from_numpy(got).to(wide), getattr(exact, name), where=exact.counted)
+        if (argmax != np.where(exact.counted, exact.z.argmax(1), -1)).any():
+            yield "argmax"
     loss = np.where(exact.counted, q_y * (lse - z_y) + q_others * (lse - m) + q_drop, 0)
     yield from differs("loss", torch.tensor(loss.sum() / D if D != 1 else loss).to(call.input.dtype), exact.loss)
 
 
 def joined(parts: list[Tensor]) -> Tensor:  # (8, R) each
-    """The sums of rows from those of their parts, but for entropy and argmax."""
+    """The sums of rows from those of their parts, the first of which holds the first classes."""
     each = np.stack([part.double().numpy() for part in parts])  # (parts, 8, R)
     m = each[:, 0].max(0)
     rise = np.where(np.isneginf(each[:, 0]), 0, m - each[:, 0])
     sums = [m, (each[:, 1] * np.exp(-rise)).sum(0), each[:, 2].max(0), each[:, 3].sum(0), each[:, 4].sum(0)]
-    sums += [(each[:, 5] + each[:, 4] * rise).sum(0), 0 * m, 0 * m - 1]
+    sums += [(each[:, 5] + each[:, 4] * rise).sum(0), ((each[:, 6] + each[:, 1] * rise) * np.exp(-rise)).sum(0)]
+    sums += [np.take_along_axis(each[:, 7], each[:, 0].argmax(0)[None], 0)[0]]
     return torch.from_numpy(np.stack(sums))
 
 
