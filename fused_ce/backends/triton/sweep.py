@@ -77,7 +77,8 @@ def load_edges(source, dx_at, options, TILING: tl.constexpr):  # (R, 2 VECTOR), 
     """
     if TILING.VECTOR > 1:
         cols, col_mask = edge_classes(options.C, dx_at, TILING.VECTOR)
-        x = load_x(source, source.x_at + cols, col_mask & (tl.program_id(1) == 0), "evict_last")
+        col_mask &= tl.zeros_like(cols) + tl.program_id(1) == 0
+        x = load_x(source, source.x_at + cols, col_mask, "evict_last")
     else:
         x = None
     return x
