@@ -57,7 +57,7 @@ template <class A, bool OF_2, class V> INLINE V expm1_near(V r) {
   else return r + (r * r) * p;
 }
 
-// x = n ln2 + r with |r| <= ln2 / 2: gives exp(r) - 1, and n in the low bits of t. x >= lowest, or NaN.
+// x = n ln2 + r with |r| <= ln2 / 2: gives exp(r) - 1, and n in the low bits of t; of an x below `lowest`, anything.
 // `rest` is what x was rounded by.
 template <class A, class V> INLINE V expm1_reduced(V x, V rest, V* t) {
   typedef Constants<A> K;
@@ -69,7 +69,7 @@ template <class A, class V> INLINE V expm1_reduced(V x, V rest, V* t) {
 // exp of x in [lowest, 0], less t_0's power of 2. Below `lowest` 0, whatever the rest; NaN stays NaN.
 template <class A, class V> INLINE V exp_above(V x, V rest, V lowest, V t_0) {
   V t;
-  const V reduced = expm1_reduced<A>(x < lowest ? lowest : x, x < lowest ? V{} : rest, &t);
+  const V reduced = expm1_reduced<A>(x, rest, &t);
   const V result = multiply_power(reduced, t, t_0);
   return x < lowest ? V{} : result;
 }
@@ -135,11 +135,13 @@ template <class A> struct ShiftedPower {
   V lowest, t_0;  // of t: below, the power of 2 would not be a normal number
   double shift, unit;
 
-  static INLINE bool takes(double m, double k) { return __builtin_fabs(m) < 0x1p14 && __builtin_fabs(k) < 0x1p126; }
+  // For these x times the low part of `power` is far below 1, and what rounds `shift` is below what float64 shows.
+  static INLINE bool takes(double m, double k) {
+    return __builtin_fabs(m) < (sizeof(A) == 4 ? 0x1p14 : K::near) && __builtin_fabs(k) < 0x1p126;
+  }
   INLINE ShiftedPower(double m, int headroom, double k) {
-    const double p = k * LOG2_E, p_low = __builtin_fma(k, LOG2_E, -p) + k * LOG2_E_LOW;
-    const A high = A(p), t = A(m) * A(LOG2_E) + K::round;
-    power = {splat(high), splat(A(p - double(high) + p_low))};
+    const A high = A(k * LOG2_E), t = A(m) * A(LOG2_E) + K::round;
+    power = {splat(high), splat(A(__builtin_fma(k, LOG2_E, -double(high)) + k * LOG2_E_LOW))};
     t_0 = splat(t - A(headroom));
     lowest = t_0 - A(K::bias - 1);
     shift = double(t - K::round) * LN2;
