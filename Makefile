@@ -1,11 +1,13 @@
-# make demo | demo-distributed | test | quick | ptx | bench | docs | wheel | aarch64 | lint | format | sanitize | clean. The environment in .venv
-# is made on the first call.
+# make demo | demo-distributed | test | quick | ptx | bench | docs | wheel | aarch64 | lint | format | fuzz | sanitize |
+# clean. The environment in .venv is made on the first call.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Processes of the tests, a file of them each: most tests keep one core busy.
+JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo demo-distributed test quick ptx bench docs wheel aarch64 lint format sanitize build clean
+.PHONY: demo demo-distributed test quick ptx bench docs wheel aarch64 lint format fuzz sanitize build clean
 
 # What it needs and no more: neither triton (1 GB) nor the tools of the tests.
 demo: .venv/demo build
@@ -16,7 +18,7 @@ demo-distributed: .venv/demo build
 	$(BIN)/python examples/tensor_parallel.py $(ARGS)
 
 test: .venv/installed build .venv/integrations
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # The edit loop: the contract of the C++ and reference backends.
 quick: .venv/installed build
@@ -49,12 +51,17 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: .venv/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+# Random calls of the C++, by NumPy and torch; SEED picks others.
+fuzz: .venv/installed build
+	$(BIN)/python tests/fuzz.py 60 $(or $(SEED),1) cpu
 
 # The C++ under AddressSanitizer, UndefinedBehaviorSanitizer and, where clang has it, ThreadSanitizer.
 sanitize: .venv/installed

@@ -111,7 +111,9 @@ class NinjaBuild(build_ext):
         self.write_rules(folder, library)
         # PATH may hold another ninja, or in an isolated build none: take the one of the package imported here.
         program = next(file.locate() for file in metadata.files("ninja") if file.match("bin/ninja"))
-        if subprocess.run([program, "-f", folder / "build.ninja"], cwd=ROOT).returncode:
+        # `make -j` offers its jobs in MAKEFLAGS, which ninja cannot take from the recipe of another program.
+        own = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+        if subprocess.run([program, "-f", folder / "build.ninja"], cwd=ROOT, env=own).returncode:
             raise CompileError("ninja could not build fused_ce._C: the compiler's own message stands above.")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -95,8 +95,8 @@ def plot(path: str, found: dict[str, Any]) -> None:
                       color=line.get_color(), va="center")  # fmt: skip
     axes.set_xlim(0, sizes[-1] * 1.02)
     axes.set_ylim(bottom=0)
-    axes.set_xticks(sizes[1:], [f"{V:,}" for V in sizes[1:]])
-    axes.set_xlabel("classes of the vocabulary")
+    axes.set_xticks(sizes[1:], [f"{V // 1024} k" for V in sizes[1:]])
+    axes.set_xlabel("classes of the vocabulary, k = 1024")
     axes.set_ylabel("peak memory, MB")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -54,7 +54,7 @@ def measured(rows: int, classes: int, dtype: torch.dtype, rounds: int) -> dict[s
     with torch.no_grad():
         exact = (logits.double() / TEMPERATURE).log_softmax(-1).gather(-1, index[:, None])[:, 0]
     functions, samples = calls(logits, index), {}
-    errors = {name: float((call()[0][0].double() - exact).abs().max()) for name, call in functions.items()}
+    errors = {name: float((call()[0][0].double() - exact).abs().max().detach()) for name, call in functions.items()}
     for _ in range(rounds):
         for name, call in functions.items():
             start = time.thread_time()

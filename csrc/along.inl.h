@@ -21,11 +21,23 @@ struct BlockSums {
   double shift;
 };
 
+// Calls work with what makes exp(z - m): of x itself, where z is x times a number and m is small, or else of z.
+template <class F, class Work> INLINE auto with_shifted(double m, int headroom, const Options& o, Work work) {
+  typedef typename F::A A;
+  if constexpr (F::CHANGED && HAS_FMS)
+    if (!(o.softcap > 0) && ShiftedPower<A>::takes(m, o.logit_scale))
+      return work(ShiftedPower<A>(m, headroom, o.logit_scale));
+  return work(Shifted<A>(m, headroom));
+}
+template <class F, class V, class Any> INLINE V exp_shifted(const Any& shifted, V x, const Pair<V>& z) {
+  if constexpr (F::CHANGED && Any::OF_Z) return shifted.exp(z);
+  else return shifted.exp(x);
+}
+
 // The sums of the classes [begin, end); KEEP: their exponentials too.
 template <class F, bool KEEP>
 BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& call, int64_t begin, int64_t end) {
   TYPES(F);
-  const A inf = A(__builtin_inff());
   const Options o = call.options;
   const bool wants_stats = call.wants_stats;
   T room[BLOCK];
@@ -33,49 +45,51 @@ BlockSums block_sums(typename F::A* kept, const AlongRow<F>& row, const Call& ca
   const T* const next = row.x.p + (begin + BLOCK) * row.x.stride;
   const int64_t y = row.y - begin;
   const double m = transform_ordered<F>(block_largest<F>(x, end - begin, o, nullptr), o), top = finite(m);
-  const Shifted<A> shifted(top, headroom(call.scale));
   const Pair<V> of_top = {splat(A(top)), splat(A(top - double(A(top))))};
   V total[4] = {}, lost[4] = {};  // of so, q_others, q_drop, e_drop
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
-  for (int64_t run = 0; run < end - begin; run += 2 * RUN * F::lanes) {
-    LaneSums<F> sums;
-    const auto take = [&](V x_c, int64_t i, int n, int turn) LAMBDA {
-      const int64_t c = run + i;
-      __builtin_prefetch(next + c * row.x.stride);  // the next block travels while this one is worked on
-      const Pair<V> z_c = transform<F>(x_c, o);
-      // Only now: a softcap would turn a padding of -inf into -s.
-      V z = n < F::lanes ? keep_first<A>(z_c.high, n, -inf) : z_c.high, q_c = {};
-      if constexpr (F::DENSE) q_c = n == F::lanes ? load(q + c) : load_first(q + c, n);
-      const bool holds_y = c <= y && y < c + n;
-      if (holds_y) {
-        q_c = lane_is<I>(y - c) ? V{} : q_c;
-        z = lane_is<I>(y - c) ? splat(-inf) : z;
-      }
-      V e_c;
-      if constexpr (F::CHANGED) e_c = shifted.exp({z, z_c.low});
-      else e_c = shifted.exp(z);
-      const auto drop_c = [&]() LAMBDA {
-        const V below = keep_first<A>(-minus<F>(z_c, of_top), n, A(0));
-        return holds_y ? (lane_is<I>(y - c) ? V{} : below) : below;
+  return with_shifted<F>(top, headroom(call.scale), o, [&](auto shifted) LAMBDA -> BlockSums {
+    constexpr bool of_z = decltype(shifted)::OF_Z;
+    for (int64_t run = 0; run < end - begin; run += 2 * RUN * F::lanes) {
+      LaneSums<F> sums;
+      const auto take = [&](V x_c, int64_t i, int n, int turn) LAMBDA {
+        const int64_t c = run + i;
+        __builtin_prefetch(next + c * row.x.stride);  // the next block travels while this one is worked on
+        Pair<V> z_c = {};
+        if (of_z) z_c = transform<F>(x_c, o);
+        else if (F::DENSE || wants_stats) z_c = product(x_c, o.logit_scale);
+        V e_c = exp_shifted<F>(shifted, x_c, z_c), q_c = {};
+        // Only now: a padding of -inf would be inf of a scale below 0, and -s of a softcap.
+        if (n < F::lanes) e_c = keep_first<A>(e_c, n, A(0));
+        if constexpr (F::DENSE) q_c = n == F::lanes ? load(q + c) : load_first(q + c, n);
+        const bool holds_y = c <= y && y < c + n;
+        if (holds_y) {
+          q_c = lane_is<I>(y - c) ? V{} : q_c;
+          e_c = lane_is<I>(y - c) ? V{} : e_c;
+        }
+        const auto drop_c = [&]() LAMBDA {
+          const V below = keep_first<A>(-minus<F>(z_c, of_top), n, A(0));
+          return holds_y ? (lane_is<I>(y - c) ? V{} : below) : below;
+        };
+        row_lse<F>(sums, e_c, q_c, drop_c, turn, wants_stats);
+        if constexpr (KEEP) {
+          if (n == F::lanes) store(kept + begin + c, e_c);
+          else store_first(kept + begin + c, e_c, n);
+        }
       };
-      row_lse<F>(sums, e_c, q_c, drop_c, turn, wants_stats);
-      if constexpr (KEEP) {
-        if (n == F::lanes) store(kept + begin + c, e_c);
-        else store_first(kept + begin + c, e_c, n);
-      }
-    };
-    const int64_t left = end - begin - run, most = 2 * RUN * F::lanes;
-    for_each_vector<F>(x + run, left < most ? left : most, take);
-    add(total[0], lost[0], sums.so[0] + sums.so[1]);
-    if constexpr (F::DENSE) add(total[1], lost[1], sums.q_others), add(total[2], lost[2], sums.q_drop);
-    if (wants_stats) add(total[3], lost[3], sums.e_drop);
-  }
-  const bool holds_y = 0 <= y && y < end - begin;
-  const double shift = m == -infinity_of(m) ? m : shifted.shift, factor = exp_of(shift - top) * shifted.unit;
-  return {{m, lane_sum(total[0], lost[0]) * factor, holds_y ? row.z_y : -infinity_of(0.0), holds_y ? row.q_y : 0,
-           lane_sum(total[1], lost[1]), lane_sum(total[2], lost[2]), lane_sum(total[3], lost[3]) * factor, -1},
-          shift};
+      const int64_t left = end - begin - run, most = 2 * RUN * F::lanes;
+      for_each_vector<F>(x + run, left < most ? left : most, take);
+      add(total[0], lost[0], sums.so[0] + sums.so[1]);
+      if constexpr (F::DENSE) add(total[1], lost[1], sums.q_others), add(total[2], lost[2], sums.q_drop);
+      if (wants_stats) add(total[3], lost[3], sums.e_drop);
+    }
+    const bool holds_y = 0 <= y && y < end - begin;
+    const double shift = m == -infinity_of(m) ? m : shifted.shift, factor = exp_of(shift - top) * shifted.unit;
+    return {{m, lane_sum(total[0], lost[0]) * factor, holds_y ? row.z_y : -infinity_of(0.0), holds_y ? row.q_y : 0,
+             lane_sum(total[1], lost[1]), lane_sum(total[2], lost[2]), lane_sum(total[3], lost[3]) * factor, -1},
+            shift};
+  });
 }
 
 // The gradient of the classes [begin, end), from what block_sums kept or (KEPT false) from the logits once more.
@@ -91,36 +105,40 @@ void block_grad(const typename F::A* kept, double shift, const AlongRow<F>& row,
   const T* const x = unread ? room : row.x.block(room, begin, end);
   T* const dx = row.dx.stride == 1 ? row.dx.p + begin : written;
   const bool of_entropy = !KEPT && call.g_entropy;  // which takes z, not its exponential alone
-  const Shifted<A> shifted(m, headroom(KEPT ? call.scale : factors.largest()));
-  const double k = capped ? 1 : o.logit_scale;  // without a softcap dz/dx is the same number everywhere
-  const double unit = k * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit;
-  const A p_scale = A(factors.p_scale * unit), h_scale = A(factors.h_scale * unit), scale = A(k * factors.scale);
+  const double k = capped ? 1 : o.logit_scale;      // without a softcap dz/dx is the same number everywhere
   const Pair<V> of_m = {splat(A(m)), splat(A(m - double(A(m))))};
   A q[F::DENSE ? BLOCK : 1];
   if constexpr (F::DENSE) spread_q(q, call, row.t_offset, begin, end);
   const bool streams = call.streams && row.dx.stride == 1;
   const int64_t head = streams ? to_stream(dx, end - begin) : 0;
-  const auto write = [&](V x_c, int64_t c, int n, int) LAMBDA {
-    const bool whole = n == F::lanes;
-    V e_c, q_c = {};
-    Pair<V> z_c = {};
-    if constexpr (KEPT) e_c = whole ? load(kept + begin + c) : load_first(kept + begin + c, n);
-    else {
-      z_c = transform<F>(x_c, o);
-      if constexpr (F::CHANGED) e_c = shifted.exp(z_c);
-      else e_c = shifted.exp(z_c.high);
-    }
-    if constexpr (F::DENSE) q_c = whole ? load(q + c) : load_first(q + c, n);
-    const V dx_c = row_grad<F>(
-        e_c, q_c, p_scale, scale, h_scale, of_entropy, [&]() LAMBDA { return -minus<F>(z_c, of_m); }, capped,
-        [&]() LAMBDA { return transform_grad<F>(x_c, o); });
-    if (whole && streams) stream(dx + c, dx_c);
-    else if (whole) store(dx + c, dx_c);
-    else store_first(dx + c, dx_c, n);
+  const auto write_block = [&](auto shifted) LAMBDA {
+    constexpr bool of_z = decltype(shifted)::OF_Z;
+    const double unit = k * __builtin_exp((KEPT ? shift : shifted.shift) - m) * shifted.unit;
+    const A p_scale = A(factors.p_scale * unit), h_scale = A(factors.h_scale * unit), scale = A(k * factors.scale);
+    const auto write = [&](V x_c, int64_t c, int n, int) LAMBDA {
+      const bool whole = n == F::lanes;
+      V e_c, q_c = {};
+      Pair<V> z_c = {};
+      if constexpr (KEPT) e_c = whole ? load(kept + begin + c) : load_first(kept + begin + c, n);
+      else {
+        if (of_z) z_c = transform<F>(x_c, o);
+        else if (of_entropy) z_c = product(x_c, o.logit_scale);
+        e_c = exp_shifted<F>(shifted, x_c, z_c);
+      }
+      if constexpr (F::DENSE) q_c = whole ? load(q + c) : load_first(q + c, n);
+      const V dx_c = row_grad<F>(
+          e_c, q_c, p_scale, scale, h_scale, of_entropy, [&]() LAMBDA { return -minus<F>(z_c, of_m); }, of_z && capped,
+          [&]() LAMBDA { return transform_grad<F>(x_c, o); });
+      if (whole && streams) stream(dx + c, dx_c);
+      else if (whole) store(dx + c, dx_c);
+      else store_first(dx + c, dx_c, n);
+    };
+    if (head) write(load_first(x, head), 0, int(head), 0);
+    for_each_vector<F>(x + head, end - begin - head,
+                       [&](V x_c, int64_t i, int n, int turn) LAMBDA { write(x_c, head + i, n, turn); });
   };
-  if (head) write(load_first(x, head), 0, int(head), 0);
-  for_each_vector<F>(x + head, end - begin - head,
-                     [&](V x_c, int64_t i, int n, int turn) LAMBDA { write(x_c, head + i, n, turn); });
+  if constexpr (KEPT) write_block(Shifted<A>(m, headroom(call.scale)));
+  else with_shifted<F>(m, headroom(factors.largest()), o, write_block);
   if (streams) stream_end();
   if (begin <= row.y && row.y < end)
     store_first(dx + row.y - begin, A(factors.dz_y) * transform_grad<F>(row.x_y, o), 1);

@@ -109,16 +109,10 @@ def facts() -> dict[str, Any]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    kernels = (
-        None
-        if _C is None
-        else {
-            "isa": _C.isa(),
-            "isas": list(_C.isa_names()),
-            "openmp": bool(_C.openmp),
-            "compiler": getattr(_C, "compiler", None),
-        }
-    )
+    kernels = None
+    if _C is not None:
+        isas = list(_C.isa_names())
+        kernels = {"isa": _C.isa(), "isas": isas, "openmp": bool(_C.openmp), "compiler": _C.compiler}
     return {
         "fused_ce": __version__,
         "python": platform.python_version(),
@@ -142,10 +136,9 @@ def installed() -> Iterator[str]:
     for i, gpu in enumerate(here["gpus"]):
         yield f"  GPU {i}        {gpu}"
     if kernels := here["kernels"]:
-        compiler = f", by {kernels['compiler']}" if kernels["compiler"] else ""
         isas = ", ".join(kernels["isas"])
         yield f"  C++ kernels  instruction set {kernels['isa']}, of {isas} (FUSED_CE_ISA forces one)"
-        yield f"               {'with' if kernels['openmp'] else 'without'} OpenMP{compiler}"
+        yield f"               {'with' if kernels['openmp'] else 'without'} OpenMP, by {kernels['compiler']}"
     else:
         why = "the last line says what helps" if lacking() else "the package was built so (FUSED_CE_BUILD=0)"
         yield f"  C++ kernels  missing: calls on the CPU run torch's own operators; {why}"

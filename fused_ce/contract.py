@@ -106,9 +106,11 @@ class Backend(Protocol):
 
     def unsupported(self, call: Call) -> list[str]:
         """Why it cannot take the call, in words; empty where it can."""
+        ...
 
     def saved_shape(self, call: Call) -> tuple[int, ...]:
         """The shape of `Forward.saved` under schedule "recompute"; its layout is the backend's own."""
+        ...
 
     def forward(self, call: Call, schedule: Schedule) -> Forward:
         """The loss, and what the schedule adds to it.
@@ -116,11 +118,13 @@ class Backend(Protocol):
         Raises:
             IndexError: a target out of range, before anything is written (a GPU cannot know in time).
         """
+        ...
 
     def backward(
         self, call: Call, grad: Tensor | None, saved: Tensor | None, upstream: Upstream, keep: bool, wants_target: bool
     ) -> Gradients:
         """The gradients for these upstream gradients, from what forward gave; `keep`: grad is needed again."""
+        ...
 
     def part(self, call: Call) -> Tensor:
         """The sums of the classes that a call of `options.shard` holds, (8, R) float64: the fields of `RowSums`.
@@ -131,6 +135,7 @@ class Backend(Protocol):
         Raises:
             IndexError: a target outside of all classes (a GPU cannot know in time: NaN in its row).
         """
+        ...
 
     def finish(self, call: Call, sums: Tensor, upstream: Upstream, into: Tensor) -> None:
         """The gradient of these logits, from the sums of whole rows (8, R), as `part` gives those of a part.
@@ -139,6 +144,7 @@ class Backend(Protocol):
         within that of lse; the reduction and the z-loss of the options have no say. `into` has the logits' shape and
         dtype, and may be the logits.
         """
+        ...
 
     def rescale(
         self, grad: Tensor, target: Tensor, options: Options, upstream: Tensor, keep: bool, exactly: bool
@@ -148,8 +154,9 @@ class Backend(Protocol):
         `exactly`: None where only the logits can give it within what `backward` promises: 16 bits would be rounded
         twice, and what 32 or 64 bits rounded as too small must not be made large.
         """
+        ...
 
 
 def row_shape(input: Tensor) -> torch.Size:
     """(N, d1..dk) of (N, C, d1..dk); () of (C)."""
-    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]  # pyright: ignore[reportReturnType]

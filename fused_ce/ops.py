@@ -46,7 +46,7 @@ def _own_library(copy: int = 1) -> Any:
         return _own_library(copy + 1)
 
 
-LIBRARY = _own_library()
+LIBRARY: Any = _own_library()
 OPERATORS: Any = getattr(torch.ops, LIBRARY.ns)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 LIBRARY.define(

@@ -17,7 +17,7 @@ import fused_ce
 
 PACKAGE = Path(fused_ce.__file__).parent
 LAUNCHED = ("arguments", "kernels", "plan", "readable", "rows", "self_check")
-ANYONE_MAY = {"contract", "options"}
+ANYONE_MAY = {"__version__", "contract", "options"}
 ARROWS = {
     "__init__": {
         "backends.pool",

@@ -77,4 +77,4 @@ def test_memory(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 0 < never_whole < 0.9 * logits
     labels = texts(tmp_path / "out.svg")
     assert f"F.linear + F.cross_entropy: {whole:.0f} MB" in labels
-    assert {"classes of the vocabulary", "peak memory, MB"} <= set(labels)
+    assert {"classes of the vocabulary, k = 1024", "peak memory, MB"} <= set(labels)

@@ -26,40 +26,50 @@ template <class V> struct Pair {
   INLINE double sum() const { return double(high[0]) + double(low[0]); }  // of lane 0
 };
 
-// x = n ln2 + r with |r| <= ln2 / 2: gives exp(r) - 1, and n in the low bits of t. Minimax polynomials of
-// (exp(r) - 1 - r) / r^2 (Remez; relative error of exp 3.1e-9 for float, 3.6e-18 for double). x >= lowest, or NaN.
+constexpr double LN2 = 0.69314718055994530942, LOG2_E = 1.442695040888963407, LOG2_E_LOW = 2.0355273740931033e-17;
+
+constexpr double raised(double u, int power) { return power == 0 ? 1 : u * raised(u, power - 1); }
+
+// exp(u r) - 1 for |u r| <= ln2 / 2, where u is 1, or ln2 for powers of 2. Minimax polynomials of
+// (exp(r) - 1 - r) / r^2 (Remez; relative error of exp 3.1e-9 for float, 3.6e-18 for double), stretched by u.
+template <class A, bool OF_2, class V> INLINE V expm1_near(V r) {
+  constexpr double u = OF_2 ? LN2 : 1;
+  V p;
+  if constexpr (sizeof(A) == 4) {
+    p = splat(A(0.00138145840312 * raised(u, 6)));
+    p = p * r + A(0.00836872393598 * raised(u, 5));
+    p = p * r + A(0.0416683887296 * raised(u, 4));
+    p = p * r + A(0.166665205736 * raised(u, 3));
+    p = p * r + A(0.499999934439 * raised(u, 2));
+  } else {
+    p = splat(A(2.5000050912281526053e-8 * raised(u, 11)));
+    p = p * r + A(2.763026284487135397e-7 * raised(u, 10));
+    p = p * r + A(2.7557586481304678554e-6 * raised(u, 9));
+    p = p * r + A(0.000024801493061604863173 * raised(u, 8));
+    p = p * r + A(0.00019841269506377611217 * raised(u, 7));
+    p = p * r + A(0.0013888888943662552172 * raised(u, 6));
+    p = p * r + A(0.008333333333494590428 * raised(u, 5));
+    p = p * r + A(0.041666666666530051108 * raised(u, 4));
+    p = p * r + A(0.16666666666666412269 * raised(u, 3));
+    p = p * r + A(0.50000000000000106375 * raised(u, 2));
+  }
+  if constexpr (OF_2) return fms(r, splat(A(u)), -((r * r) * p));  // r u is the larger part: not rounded on its own
+  else return r + (r * r) * p;
+}
+
+// x = n ln2 + r with |r| <= ln2 / 2: gives exp(r) - 1, and n in the low bits of t; of an x below `lowest`, anything.
 // `rest` is what x was rounded by.
 template <class A, class V> INLINE V expm1_reduced(V x, V rest, V* t) {
   typedef Constants<A> K;
-  *t = x * A(1.442695040888963407) + K::round;
+  *t = x * A(LOG2_E) + K::round;
   const V n = *t - K::round;
-  const V r = (x - n * K::ln2_hi) - (n * K::ln2_lo - rest);
-  V p;
-  if constexpr (sizeof(A) == 4) {
-    p = splat(A(0.00138145840312));
-    p = p * r + A(0.00836872393598);
-    p = p * r + A(0.0416683887296);
-    p = p * r + A(0.166665205736);
-    p = p * r + A(0.499999934439);
-  } else {
-    p = splat(A(2.5000050912281526053e-8));
-    p = p * r + A(2.763026284487135397e-7);
-    p = p * r + A(2.7557586481304678554e-6);
-    p = p * r + A(0.000024801493061604863173);
-    p = p * r + A(0.00019841269506377611217);
-    p = p * r + A(0.0013888888943662552172);
-    p = p * r + A(0.008333333333494590428);
-    p = p * r + A(0.041666666666530051108);
-    p = p * r + A(0.16666666666666412269);
-    p = p * r + A(0.50000000000000106375);
-  }
-  return r + (r * r) * p;
+  return expm1_near<A, false>((x - n * K::ln2_hi) - (n * K::ln2_lo - rest));
 }
 
 // exp of x in [lowest, 0], less t_0's power of 2. Below `lowest` 0, whatever the rest; NaN stays NaN.
 template <class A, class V> INLINE V exp_above(V x, V rest, V lowest, V t_0) {
   V t;
-  const V reduced = expm1_reduced<A>(x < lowest ? lowest : x, x < lowest ? V{} : rest, &t);
+  const V reduced = expm1_reduced<A>(x, rest, &t);
   const V result = multiply_power(reduced, t, t_0);
   return x < lowest ? V{} : result;
 }
@@ -93,17 +103,18 @@ template <class A, class V> INLINE V headroom_of(V scale) {
 template <class A> struct Shifted {
   typedef Constants<A> K;
   typedef typename Simd<A>::V V;
+  static constexpr bool OF_Z = true;
   V base, base_low, lowest, t_0;
   double shift, unit;  // the factor is exp(shift - m) times this power of 2
 
   INLINE Shifted(double m, int headroom) {
     const bool near = __builtin_fabs(m) < K::near;
     const A b = near ? A(0) : A(m), b_low = near ? A(0) : A(m - double(b)), rest = near ? A(m) : A(0);
-    const A t = rest * A(1.442695040888963407) + K::round;  // as in expm1_reduced
+    const A t = rest * A(LOG2_E) + K::round;  // as in expm1_reduced
     base = splat(b), base_low = splat(m - m == 0 ? b_low : A(0));
-    lowest = splat(rest + K::lowest - A(headroom * 0.69314718055994530942));
+    lowest = splat(rest + K::lowest - A(headroom * LN2));
     t_0 = splat(t - A(headroom));
-    shift = double(b) + double(base_low[0]) + double(t - K::round) * 0.69314718055994530942;
+    shift = double(b) + double(base_low[0]) + double(t - K::round) * LN2;
     unit = __builtin_ldexp(1.0, -headroom);
   }
   INLINE V exp(V z) const { return exp_above<A>(z - base, V{}, lowest, t_0); }
@@ -111,6 +122,35 @@ template <class A> struct Shifted {
     // The low part of a large z is not small beside x.
     const V x = z.high - base, low = z.low - base_low, sum = x + low;
     return exp_above<A>(sum, low - (sum - x), lowest, t_0);
+  }
+};
+
+// The same for z = k x and a small m, from x itself: exp(z) = 2^(x k / ln2), whose products lose no digit. Making z
+// would cost more than its exponential.
+template <class A> struct ShiftedPower {
+  typedef Constants<A> K;
+  typedef typename Simd<A>::V V;
+  static constexpr bool OF_Z = false;
+  Pair<V> power;  // k / ln2
+  V lowest, t_0;  // of t: below, the power of 2 would not be a normal number
+  double shift, unit;
+
+  // For these x times the low part of `power` is far below 1, and what rounds `shift` is below what float64 shows.
+  static INLINE bool takes(double m, double k) {
+    return __builtin_fabs(m) < (sizeof(A) == 4 ? 0x1p14 : K::near) && __builtin_fabs(k) < 0x1p126;
+  }
+  INLINE ShiftedPower(double m, int headroom, double k) {
+    const A high = A(k * LOG2_E), t = A(m) * A(LOG2_E) + K::round;
+    power = {splat(high), splat(A(__builtin_fma(k, LOG2_E, -double(high)) + k * LOG2_E_LOW))};
+    t_0 = splat(t - A(headroom));
+    lowest = t_0 - A(K::bias - 1);
+    shift = double(t - K::round) * LN2;
+    unit = __builtin_ldexp(1.0, -headroom);
+  }
+  INLINE V exp(V x) const {
+    const V t = x * power.high + K::round, r = fms(x, power.high, t - K::round) + x * power.low;
+    const V result = multiply_power(expm1_near<A, true>(r), t, t_0);
+    return t < lowest ? V{} : result;
   }
 };
 
@@ -126,7 +166,7 @@ template <class A> struct MinusLanes {
   MinusLanes() = default;
   INLINE MinusLanes(const Pair<V>& m, V headroom)
       : m(m),
-        lowest(K::lowest - headroom * A(0.69314718055994530942)),
+        lowest(K::lowest - headroom * A(LN2)),
         t_0(K::round - headroom),
         unit(multiply_power(V{}, t_0, splat(K::round))) {}
   INLINE V exp(const Pair<V>& z, bool changed) const {
@@ -226,34 +266,17 @@ template <class Function> INLINE Pair<Vec::f32> in_double(Vec::f32 x, Function f
   return {join(part[0], part[1]), join(low[0], low[1])};
 }
 
-// a x b - c in one rounding, where the processor can.
-#if VECTOR_BYTES == 64 && defined(__AVX512F__)
-#define FUSED_CE_HAS_FMS 1
-INLINE Vec::f32 fms(Vec::f32 a, Vec::f32 b, Vec::f32 c) {
-  return (Vec::f32)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
-}
-#elif VECTOR_BYTES == 32 && defined(__FMA__)
-#define FUSED_CE_HAS_FMS 1
-INLINE Vec::f32 fms(Vec::f32 a, Vec::f32 b, Vec::f32 c) {
-  return (Vec::f32)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
-}
-#endif
-
 // x k, and what it is rounded by.
 INLINE Pair<Vec::f64> product(Vec::f64 x, double k) { return {x * k, Vec::f64{}}; }
 INLINE Pair<Vec::f32> product(Vec::f32 x, double k) {
-#ifdef FUSED_CE_HAS_FMS
+  if constexpr (!HAS_FMS) return in_double(x, [&](Vec::f64 x_c) LAMBDA { return x_c * k; });
   const float high = float(k), low = float(k - double(high));
   const Vec::f32 p = x * high, rest = fms(x, splat(high), p) + x * low;
   const Vec::f32 sum = p + rest, lost = rest - (sum - p);  // rest may be a digit of p
   // Both together fit a double, as m has to: a digit of a large z that m did not have would be beyond exp.
   const Vec::f32 digit = sum * 0x1p-28f, low_part = (lost + digit) - digit;
   return {sum - sum == 0 ? sum : p, low_part - low_part == 0 ? low_part : Vec::f32{}};  // inf - inf would be NaN
-#else
-  return in_double(x, [&](Vec::f64 x_c) LAMBDA { return x_c * k; });
-#endif
 }
-#undef FUSED_CE_HAS_FMS
 
 // 1 / cosh(u)^2 = 4 E / (1 + E)^2 with E = exp(-2 |u|): no cancellation where tanh nears 1.
 template <class A, class V> INLINE V sech2(Pair<V> u) {

@@ -58,6 +58,28 @@ template <class V> INLINE V max(V a, V b) { return a > b ? a : b; }
 INLINE Vec::f32 max(Vec::f32 a, Vec::f32 b) { return (Vec::f32)_mm512_max_ps((__m512)a, (__m512)b); }
 #endif
 
+// a x b - c in one rounding, where the processor can.
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+constexpr bool HAS_FMS = true;
+INLINE Vec::f32 fms(Vec::f32 a, Vec::f32 b, Vec::f32 c) {
+  return (Vec::f32)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+}
+INLINE Vec::f64 fms(Vec::f64 a, Vec::f64 b, Vec::f64 c) {
+  return (Vec::f64)_mm512_fmsub_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif VECTOR_BYTES == 32 && defined(__FMA__)
+constexpr bool HAS_FMS = true;
+INLINE Vec::f32 fms(Vec::f32 a, Vec::f32 b, Vec::f32 c) {
+  return (Vec::f32)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
+}
+INLINE Vec::f64 fms(Vec::f64 a, Vec::f64 b, Vec::f64 c) {
+  return (Vec::f64)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+constexpr bool HAS_FMS = false;
+template <class V> INLINE V fms(V a, V b, V c) { return a * b - c; }
+#endif
+
 // ---- lanes change places
 
 template <int... i> struct Order {};

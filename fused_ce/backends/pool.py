@@ -87,7 +87,7 @@ def _make_resizable(tensor: Tensor) -> None:
     torch keeps the Python object of a storage, and with it this attribute, for as long as the storage lives. A subclass
     of UntypedStorage would not be copied or pickled by torch.
     """
-    if swap is None:
+    if (exchange := swap) is None:
         return
     storage = tensor.untyped_storage()
     known, address = weakref.ref(storage), storage.data_ptr()
@@ -101,8 +101,8 @@ def _make_resizable(tensor: Tensor) -> None:
             # Not copy_: a forked child would wait for the threads of it.
             ctypes.memmove(ours.data_ptr(), address, min(size, storage.nbytes()))
             nothing: Any = torch.UntypedStorage(0, device="cpu")  # type: ignore[no-untyped-call]
-            swap(storage, nothing)  # of two sizes that differ one must be 0
-            swap(storage, ours)
+            exchange(storage, nothing)  # of two sizes that differ one must be 0
+            exchange(storage, ours)
             return storage
         return torch.UntypedStorage.resize_(storage, size)
 

@@ -151,10 +151,11 @@ class _Own(torch.autograd.Function):
     def forward(ctx: Any, tensor: DTensor, *read: DTensor) -> Tensor:
         ctx.mesh, ctx.placements, ctx.shape = tensor.device_mesh, tensor.placements, tensor.shape
         ctx.save_for_backward(*read)
-        local = tensor.to_local()
+        local: Any = tensor.to_local()
         if hasattr(local, "wait"):  # still on its way, from a redistribution that nobody has waited for
             local = local.wait()
-        return local.data  # not a view, which a Function must not return where it may be written to
+        data: Tensor = local.data
+        return data  # not a view, which a Function must not return where it may be written to
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -154,9 +154,8 @@ def vocab_parallel_cross_entropy(
     )
     if torch.compiler.is_compiling():
         # The exchange looks at numbers, which a graph does not hold: it is left for this call.
-        return torch.compiler.disable(_run)(  # type: ignore[no-any-return, no-untyped-call]
-            input, target, weight, options, group, vocab_start, vocab_size, backend
-        )
+        outside: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
+        return outside(input, target, weight, options, group, vocab_start, vocab_size, backend)  # type: ignore[no-any-return]
     return _run(input, target, weight, options, group, vocab_start, vocab_size, backend)
 
 

@@ -156,7 +156,8 @@ def _head(model: Any) -> nn.Linear:
     """
     head = model.lm_head
     if hasattr(head, "modules_to_save"):
-        active = [] if head.disable_adapters else head.active_adapters
+        named = [] if head.disable_adapters else head.active_adapter  # one name or several
+        active = [named] if isinstance(named, str) else named
         head = head.modules_to_save[active[0]] if active else head.original_module
     hooked = type(head) is nn.Linear and (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
     if (

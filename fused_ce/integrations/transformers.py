@@ -144,7 +144,8 @@ def _unwrapped(model: Any) -> Any:
         if not isinstance(inner, nn.Module):
             break
         model = inner
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    of_peft: Any = getattr(model, "get_base_model", None)
+    return of_peft() if of_peft else model
 
 
 def _loss(

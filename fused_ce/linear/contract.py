@@ -71,11 +71,14 @@ class Loop(Protocol):
 
     def forward(self, call: LinearCall, wanted: Wanted) -> LinearForward:
         """The loss, the statistics if asked for, and the gradients wanted."""
+        ...
 
     def backward(self, call: LinearCall, wanted: Wanted, upstream: Upstream) -> LinearGradients:
         """The gradients wanted for these upstream gradients, from the inputs alone."""
+        ...
 
     def differentiable(
         self, call: LinearCall, g_loss: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, wanted: Wanted
     ) -> LinearGradients:
         """The same for a backward that is itself differentiated or vectorised, each in its tensor's dtype."""
+        ...
