@@ -16,7 +16,7 @@ import torch
 from ranks import Ranks
 
 from fused_ce.backends.dispatch import BACKENDS
-from fused_ce.backends.triton import kernels
+from fused_ce.backends.triton import kernels, targets
 from fused_ce.contract import Backend as Contract
 
 _C = BACKENDS["cpu"]._C
@@ -102,15 +102,20 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def triton_rounds_like_hardware() -> Iterator[None]:
-    """The interpreter truncates float32 to bfloat16; hardware rounds to nearest, ties to even."""
     if not INTERPRET:
         yield
         return
-    from interpreter import InterpreterBuilder, with_rounding
+    from interpreter import like_hardware
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "cast_impl", with_rounding(InterpreterBuilder.cast_impl))
+    with like_hardware():
         yield
+
+
+@pytest.fixture(autouse=True)
+def forgotten_targets() -> None:
+    """Another test's target out of range is not this one's."""
+    for met in targets._FLAGS.values():
+        met.zero_()
 
 
 @pytest.fixture

@@ -280,7 +280,8 @@ def oracle_faults(call: Drawn, exact: Answers) -> Iterator[str]:
 if __name__ == "__main__":
     np.seterr(all="ignore")
     if BACKEND == "triton":
-        from interpreter import round_like_hardware
+        from interpreter import like_hardware
 
-        round_like_hardware()
+        with like_hardware():
+            sys.exit(main())
     sys.exit(main())

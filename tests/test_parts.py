@@ -62,12 +62,12 @@ def sums_of(backend: Backend, call: Call, borders: tuple[int, ...]) -> Iterator[
 def test_sums_of_a_shard(backend: Backend, name: str, dtype: torch.dtype, C: int) -> None:
     if backend.name == "triton" and C > 1000:
         pytest.skip("wide rows take their time in the interpreter")
-    for weight, stats in product((None, ramp), (False, True)):
+    for turn, (weight, stats) in enumerate(product((None, ramp), (False, True))):
         options = OPTIONS.get(name, {}) | {"return_stats": stats}
         case = Case(f"sums-{name}", C=C, dtype=dtype, weight=weight, target=ignore(1), options=options)
         call = case.build(backend.device)
         eps = torch.finfo(call.acc).eps
-        for borders in cuts(C):
+        for borders in cuts(C) if backend.name != "triton" else cuts(C)[turn % 3 :][:1]:  # slow where interpreted
             for got, exact in sums_of(backend, call, borders):
                 for field, one, other in zip(RowSums._fields, got, exact, strict=True):
                     rtol = 0.0 if field == "argmax" else 64 * eps if call.acc == f64 else 8 * eps
