@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from functools import reduce
 from itertools import pairwise
 
@@ -18,6 +19,12 @@ def cuts(C: int) -> list[tuple[int, ...]]:
     """Borders of shards: even, one class at either end, uneven; fewer where there are not so many classes."""
     wanted = ((0, C // 2, C), (0, 1, C - 1, C), (0, C // 3, C // 3 + 1, C))
     return sorted({tuple(sorted(set(borders))) for borders in wanted})
+
+
+def a_cut(C: int, name: str) -> tuple[int, ...]:
+    """One of them, the same for the same name."""
+    every = cuts(C)
+    return every[zlib.crc32(name.encode()) % len(every)]
 
 
 def shards(call: Call, borders: tuple[int, ...]) -> list[Call]:

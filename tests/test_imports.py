@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from apart import run
 
 import fused_ce
 
@@ -293,24 +293,16 @@ def test_says_once_that_the_kernels_are_missing(from_source: bool, tmp_path: Pat
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     if from_source:
         (tmp_path / "setup.py").touch()
-    # An editable install finds parts of the package that the folder lacks.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nsys.meta_path[:] = [finder for finder in sys.meta_path if '__editable__' not in repr(finder)]\n"
-    )
     (tmp_path / "program.py").write_text("import fused_ce, torch\nfrom fused_ce import cross_entropy\n")
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command, environment = [sys.executable, *arguments], os.environ | {"PYTHONPATH": str(tmp_path)}
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
     said = f"the C++ kernels of the fused_ce in {copy} cannot be loaded (No module named 'fused_ce._C')"
     advice = f"`pip install -e {tmp_path}`, or start Python in another folder" if from_source else "Install it again"
-    program = run("program.py")
+    program = run(tmp_path, "program.py")
     assert program.returncode == 0
     assert program.stderr.count("Warning") == 1
     assert f"program.py:1: RuntimeWarning: {said}. " in program.stderr
     assert advice in program.stderr
-    main = run("-m", "fused_ce")
+    main = run(tmp_path, "-m", "fused_ce")
     assert main.returncode == 1
     assert main.stdout.splitlines()[-2].startswith(f"FAIL: {said}. ")
     assert advice in main.stdout

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from apart import run
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -26,16 +27,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"FUSED_CE_BUILD": "0", "CXX": "false"}
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    # An editable install would find what this one lacks.
-    (folder / "sitecustomize.py").write_text(
-        "import sys\nsys.meta_path[:] = [finder for finder in sys.meta_path if '__editable__' not in repr(finder)]\n"
-    )
     return folder
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=environment)
 
 
 def test_the_wheel_is_for_any_platform(installed: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 from fuzz_calls import Drawn
 from torch import Tensor
 
+from fused_ce.options import Options
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "inplace": {"inplace": True},
     "smooth": {"label_smoothing": 0.1},
@@ -22,9 +24,6 @@ LAYOUTS = ("sliced", "turned", "far", "shifted")
 ROWS = {"rows1": (1,), "rows9": (9,), "rows130": (130,), "pixels": (2, 5, 7), "lines": (2, 35)}
 OTHERS = ("plain", "upstream", "loss", "few", "fused", "linear", "shards", "checked", "ignored", "inf", "bad", "weight")
 WORDS = {*OPTIONS, *LAYOUTS, *ROWS, *OTHERS, "probs", "target", "lse"}
-DEFAULTS: dict[str, Any] = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "logit_scale": 1.0}
-DEFAULTS |= {"softcap": None, "lse_square_scale": 0.0, "num_items": None, "grad_scale": None, "dtype": None}
-DEFAULTS |= {"inplace": False, "return_stats": False}
 FAR = (1 << 31) + 64  # elements from one row to the next
 
 
@@ -37,7 +36,7 @@ def call_of(words: list[str], C: int, dtype: torch.dtype) -> Drawn:
         return torch.rand(shape, generator=seed)
 
     rows = next((ROWS[word] for word in words if word in ROWS), (2,) if "far" in words else (3,))
-    shape, keywords = (rows[0], C, *rows[1:]), dict(DEFAULTS)
+    shape, keywords = (rows[0], C, *rows[1:]), Options().keywords()
     for word in words:
         keywords |= OPTIONS.get(word, {})
     x, y = torch.randn(shape, generator=seed) * 3, torch.randint(C, rows, generator=seed)
