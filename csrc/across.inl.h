@@ -22,7 +22,7 @@ template <class F, bool MANY> struct RowGroup {
   typedef decltype(I{}[0] + 0) Index;
   const Call* of;
   Part part;  // the chunk
-  V* z;       // transformed logits of the chunk; once kept, their exponentials
+  V* z;       // transformed logits of the chunk
   Scales<F> scales;
   Pair<V> m, z_y;
   RowSums<V> sums;  // of MANY, chunk by chunk
@@ -33,10 +33,11 @@ template <class F, bool MANY> struct RowGroup {
   MinusLanes<A> minus_m;
   V p_scale, scale, dz_y, h_scale, lse_m;  // what the gradients need of RowTerms and GradFactors
 
-  static INLINE int64_t room(const Call& call) { return call.C < MOST_KEPT ? call.C : MOST_KEPT; }
-  INLINE V* dz_dx() const { return z + room(*of); }    // under a softcap
-  INLINE V* q() const { return z + 2 * room(*of); }    // spread part of q, if DENSE
-  INLINE V* low() const { return z + 3 * room(*of); }  // what z was rounded by, if it is not the logits
+  INLINE V* dz_dx() const { return z + across_room(*of); }    // under a softcap
+  INLINE V* q() const { return z + 2 * across_room(*of); }    // spread part of q, if DENSE
+  INLINE V* low() const { return z + 3 * across_room(*of); }  // what z was rounded by, if it is not the logits
+  // Kept in z's place, unless the gradient of probabilities will read z. Of MANY not kept.
+  INLINE V* e() const { return of->d_target.data ? z + 4 * across_room(*of) : z; }
 
   INLINE void start(const Call& call, const Part& rows, V* scratch) {
     of = &call, z = scratch;
@@ -52,26 +53,24 @@ template <class F, bool MANY> struct RowGroup {
     }
     finds_y = I{} - Index(call.probs);
     labels = call.probs ? Labels<F>{} : load_labels<F>(call, part);
-    if constexpr (MANY) load_apart((call.C - 1) / MOST_KEPT * MOST_KEPT);
+    if constexpr (MANY) apart<&RowGroup::load>((call.C - 1) / MOST_KEPT * MOST_KEPT);
     else load(0);
   }
 
-  // Work on each chunk, the last first, so that the one that is left after the sums is the first for the gradient.
-  template <class Work> INLINE void for_each_chunk(Work work) {
-    if constexpr (!MANY) return work();
+  // A step on each chunk, the last first, so that the one that is left after the sums is the first for the gradient.
+  template <auto step, class... Args> INLINE void for_each_chunk(Args... args) {
+    if constexpr (!MANY) return (this->*step)(args...);
     for (int64_t from = (of->C - 1) / MOST_KEPT * MOST_KEPT; from >= 0; from -= MOST_KEPT) {
-      if (from != part.begin) load_apart(from);
-      work();
+      if (from != part.begin) apart<&RowGroup::load>(from);
+      apart<step>(args...);
     }
   }
-
+  // Of MANY: in line wherever it is taken, a step would take the compiler a minute.
+  template <auto step, class... Args> __attribute__((noinline)) void apart(Args... args) { (this->*step)(args...); }
   INLINE bool has_entropy() const { return MANY && of->g_entropy; }
   static INLINE bool wants_stats(const Call& call) { return MANY ? call.wants_stats : !!call.stats; }  // a flag: 3 %
   INLINE int64_t start_of_chunk() const { return MANY ? part.begin : 0; }
   INLINE int64_t count() const { return MANY ? part.end - part.begin : of->C; }
-
-  // Of MANY: in line everywhere, it would take the compiler half a minute.
-  __attribute__((noinline)) void load_apart(int64_t from) { load(from); }
 
   INLINE void load(int64_t from) {
     const Call& call = *of;
@@ -99,8 +98,9 @@ template <class F, bool MANY> struct RowGroup {
     return (a.high > b.high) | ((a.high == b.high) & (a.low > b.low));
   }
   INLINE Pair<V> z_of(int64_t i) const { return {z[i], F::CHANGED ? low()[i] : V{}}; }
-  // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first.
-  INLINE void find_largest(Pair<V>& best) {
+  // Of equals the first; a NaN counts as largest, as in torch. The chunks come last first; m is made as they are read.
+  INLINE void find_largest(bool wanted, Pair<V>* best) {
+    if (!wanted) return;
     I at = {};
     Pair<V> most = z_of(0);
     for (int64_t i = 1; i < count(); i++) {
@@ -110,19 +110,19 @@ template <class F, bool MANY> struct RowGroup {
       most.low = larger ? z_c.low : most.low;
       at = larger ? I{} + Index(i) : at;
     }
-    const auto takes = start_of_chunk() + count() == of->C ? I{} - 1 : ~exceeds(best, most) | (most.high != most.high);
-    best.high = takes ? most.high : best.high;
-    best.low = takes ? most.low : best.low;
+    const auto takes = start_of_chunk() + count() == of->C ? I{} - 1 : ~exceeds(*best, most) | (most.high != most.high);
+    best->high = takes ? most.high : best->high;
+    best->low = takes ? most.low : best->low;
     largest = takes ? at + Index(start_of_chunk()) : largest;
   }
 
   // Adds the chunk's classes to the sums. What is left out under probabilities is a largest class, the first there is.
-  template <bool KEEP> INLINE void add_chunk(bool wants_stats) {
+  INLINE void add_chunk(bool wants_stats) {
     const bool probs = F::DENSE && of->probs;
     const Pair<V> m = this->m;
     const MinusLanes<A> minus_m = this->minus_m;
     const int64_t count = this->count();
-    V *const z = this->z, *const q = this->q();
+    V *const q = this->q(), *const e = this->e();
     I y = labels.y - Index(start_of_chunk()), finds_y = this->finds_y;
     V so = {}, q_y = {}, q_others = {}, q_drop = {}, e_drop = {}, lost[4] = {};
     Pair<V> z_y = {};
@@ -152,7 +152,7 @@ template <class F, bool MANY> struct RowGroup {
         }
         row_lse<F>(
             part, is_y ? V{} : e_c, q_c, [&]() LAMBDA { return is_y ? V{} : -minus<F>(z_c, m); }, turn, wants_stats);
-        if constexpr (KEEP) z[i] = e_c;
+        if constexpr (!MANY) e[i] = e_c;
       };
       int64_t i = from;
       for (; i + 2 <= to; i += 2) take(i, 0), take(i + 1, 1);
@@ -205,16 +205,16 @@ template <class F, bool MANY> struct RowGroup {
     lse_m = row.lse_m, h_scale = has_entropy() ? k * factors.h_scale * minus_m.unit : V{};
   }
 
-  template <bool KEPT> INLINE void write_grad(const Call& call) const {
-    const bool capped = F::CHANGED && call.options.softcap > 0;
+  INLINE void write_grad() {
+    const bool capped = F::CHANGED && of->options.softcap > 0;
     const V p_scale = this->p_scale, scale = this->scale, dz_y = this->dz_y, h_scale = this->h_scale;
     const Pair<V> m = this->m;
-    const V *const z = this->z, *const q = this->q();
+    const V *const q = this->q(), *const e = this->e();
     const MinusLanes<A> minus_m = this->minus_m;
     const I y = labels.y - Index(start_of_chunk()), counted = labels.counted;
-    StridedRows<F>(call, call.grad, part)
+    StridedRows<F>(*of, of->grad, part)
         .write(reinterpret_cast<T*>(this->q()), [&](int64_t i) LAMBDA {  // never ahead of q
-          V e_c = KEPT ? z[i] : minus_m.exp(z_of(i), F::CHANGED), q_c = {};
+          V e_c = MANY ? minus_m.exp(z_of(i), F::CHANGED) : e[i], q_c = {};
           if constexpr (F::DENSE) q_c = q[i];
           V dx_c = row_grad<F>(
               e_c, q_c, p_scale, scale, h_scale, has_entropy(), [&]() LAMBDA { return -minus<F>(z_of(i), m); }, false,
@@ -225,14 +225,19 @@ template <class F, bool MANY> struct RowGroup {
         });
   }
 
-  INLINE void write_target_grad(const Call& call) const {
-    const A* w = static_cast<const A*>(call.weight);
-    const V share = scales.scale * A(1 - call.options.label_smoothing), lse_m = this->lse_m;
+  INLINE void write_target_grad() {
+    const A* w = static_cast<const A*>(of->weight);
+    const V share = scales.scale * A(1 - of->options.label_smoothing), lse_m = this->lse_m;
     const Pair<V> m = this->m;
     // Into q, which is not needed any more.
-    write_probs_grad<F>(q(), call, part, [&](int64_t i) LAMBDA {
+    write_probs_grad<F>(q(), *of, part, [&](int64_t i) LAMBDA {
       return target_grad(-minus<F>(z_of(i), m), lse_m, w ? share * w[start_of_chunk() + i] : share);
     });
+  }
+
+  INLINE void write_grads() {
+    if (of->grad.data) write_grad();
+    if (of->d_target.data) write_target_grad();
   }
 
   // Another layout's backward may read them: logits that went through a saved-tensor hook come back contiguous.
@@ -264,12 +269,13 @@ template <class F, bool MANY> struct RowGroup {
 // Each step is taken for several groups before the next one: a step waits for the one before it, and a processor looks
 // ahead some hundred instructions, which are one group's. Backward makes the sums again rather than read them: that
 // costs less than their memory, for they come with the exponentials.
-template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
+template <class F, bool MANY> void across_rows(const Call& call, int64_t begin, int64_t end, void* scratch) {
   TYPES(F);
   const Scales<F> of_call = Scales<F>::of_call(call);
-  const int64_t room = 4 * RowGroup<F, MANY>::room(call);
+  typedef RowGroup<F, MANY> Group;
+  const int64_t room = across_rooms(call) * across_room(call);
   const int most = MANY ? 1 : across_groups(call);
-  RowGroup<F, MANY> groups[MANY ? 1 : MOST_GROUPS];
+  Group groups[MANY ? 1 : MOST_GROUPS];
   Part part;
   call.dims.find(begin, part.place);
   for (part.first = begin; part.first < end;) {
@@ -283,18 +289,12 @@ template <class F, bool KEEP, bool MANY> void across_rows(const Call& call, int6
     }
     for (int g = 0; g < count; g++) {
       Pair<V> best = {};
-      groups[g].for_each_chunk([&]() LAMBDA {  // of MANY, this makes m too
-        if (call.stats) groups[g].find_largest(best);
-      });
+      groups[g].template for_each_chunk<&Group::find_largest>(!!call.stats, &best);
       groups[g].minus_m = MinusLanes<A>(groups[g].m, groups[g].scales.powers);
-      groups[g].for_each_chunk([&]() LAMBDA { groups[g].template add_chunk<KEEP>(groups[g].wants_stats(call)); });
+      groups[g].template for_each_chunk<&Group::add_chunk>(groups[g].wants_stats(call));
     }
     for (int g = 0; g < count; g++) groups[g].end_sums(call);
     if (!call.grad.data && !call.d_target.data) continue;
-    for (int g = 0; g < count; g++)
-      groups[g].for_each_chunk([&]() LAMBDA {
-        if (call.grad.data) groups[g].template write_grad<KEEP>(call);
-        if (call.d_target.data) groups[g].write_target_grad(call);
-      });
+    for (int g = 0; g < count; g++) groups[g].template for_each_chunk<&Group::write_grads>();
   }
 }

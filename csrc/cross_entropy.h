@@ -149,6 +149,9 @@ using CombineFunction = void (*)(double* sums, const double* after, bool probs);
 // Groups of rows in lanes that are worked on at a time: as many as keep their logits in the L1 cache.
 constexpr int MOST_GROUPS = 8;
 FUSED_CE_INLINE int across_groups(const Call& call) { return call.C <= 16 ? MOST_GROUPS : call.C <= 64 ? 2 : 1; }
+// Of a group in scratch: places of so many vectors.
+FUSED_CE_INLINE int64_t across_room(const Call& call) { return call.C < MOST_KEPT ? call.C : MOST_KEPT; }
+FUSED_CE_INLINE int across_rooms(const Call& call) { return call.d_target.data ? 5 : 4; }
 
 // Whether lanes are rows: a question of shape and strides alone, so that a row's bits do not depend on what is asked.
 bool lanes_across_rows(const Call& call);

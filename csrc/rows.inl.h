@@ -5,9 +5,8 @@ template <class F> void traits_rows(const Call& call, int64_t begin, int64_t end
   if (!call.across) along_rows<F>(call, begin, end, scratch, team);
   else if (call.sums) across_shard<F>(call, begin, end, scratch);
   else if (call.C > MOST_KEPT || call.g_entropy)  // so that only MANY has code for it, which would slow others down
-    across_rows<F, false, true>(call, begin, end, scratch);
-  else if (call.grad.data && !call.d_target.data) across_rows<F, true, false>(call, begin, end, scratch);
-  else across_rows<F, false, false>(call, begin, end, scratch);
+    across_rows<F, true>(call, begin, end, scratch);
+  else across_rows<F, false>(call, begin, end, scratch);
 }
 
 template <class T> void rows(const Call& call, int64_t begin, int64_t end, void* scratch, const Team& team) {

@@ -17,13 +17,11 @@ template <class F> INLINE void part_sums(RowGroup<F, true>& group, const Call& c
   TYPES(F);
   const bool wants_stats = call.wants_stats;
   Pair<V> largest = {};
-  group.for_each_chunk([&]() LAMBDA {  // of MANY, this makes m too
-    if (wants_stats) group.find_largest(largest);
-  });
+  group.template for_each_chunk<&RowGroup<F, true>::find_largest>(wants_stats, &largest);
   const Pair<V> m = wants_stats ? largest : group.m;  // NaN where a class is
   group.m.high = finite(group.m.high);
   group.minus_m = MinusLanes<A>(group.m, group.scales.powers);
-  group.for_each_chunk([&]() LAMBDA { group.template add_chunk<false>(wants_stats); });
+  group.template for_each_chunk<&RowGroup<F, true>::add_chunk>(wants_stats);
   const V so = (group.sums.so + group.lost[0]) * group.minus_m.unit;
   for (int i = 0; i < group.part.n; i++) {
     const int64_t row = group.part.first + i, y = group.labels.y[i];
@@ -67,7 +65,7 @@ template <class F> INLINE void finish_grad(RowGroup<F, true>& group, const Call&
   }
   group.minus_m = MinusLanes<A>(group.m, headroom_of<A>(largest));
   group.p_scale = p_scale * group.minus_m.unit, group.h_scale = h_scale * group.minus_m.unit;
-  group.for_each_chunk([&]() LAMBDA { group.template write_grad<false>(call); });
+  group.template for_each_chunk<&RowGroup<F, true>::write_grads>();
 }
 
 // As if there were MANY classes, few or many: rows of few are not sharded often enough for code of their own.
