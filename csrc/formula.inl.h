@@ -163,7 +163,7 @@ template <class N, class A> struct GradFactors {
     const A L = A(call.options.lse_square_scale * call.ratio);
     const N inverse = 1 / (sums.so + row.e_y);
     N others = scale * sums.q_others + g_lse;
-    if (L != 0) others += 2 * L * (scale * row.lse);
+    if (L != 0) others += 2 * L * scale * row.lse;
     p_scale = (others + scale * sums.q_y) * inverse;
     dz_y = others * (row.e_y * inverse) - scale * sums.q_y * (sums.so * inverse);
     h_scale = N{};
