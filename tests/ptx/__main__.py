@@ -25,6 +25,7 @@ from .cases import Case, cases, drawn_cases, found_in, shared_cases
 from .counts import counts
 from .launch import Emulator
 from .mutants import BASES, SHARE, missed
+from .runs import WORST
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{how}: {len(faults) or 'no'} faults; {what}; {spent() - start:.2f} s")
             print(*(f"    {fault[:300]}\n" for fault in faults[:6]), sep="", end="", flush=True)
     wall = time.perf_counter() - begin
+    for (dtype, name), error in sorted(WORST.items(), key=str):
+        print(f"plain calls, {str(dtype)[6:]}: {name} off by {error:.2f} ULP at most")
     print(f"{number} cases, {wall:.0f} s, {spent():.0f} s of the processor: {wrong} with faults")
     return bool(wrong)
 
