@@ -33,7 +33,7 @@ def test_never_slower_tells_what_is_below_the_bar(
     sweep: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "out.json"
-    words = ["--threads", "1", "--seconds", "0.001", "--only", "8x2", "--json", str(file)]
+    words = ["--threads", "1", "--seconds", "0.001", "--only", "8x2, every", "--json", str(file)]
     for bar in (0.0, float("inf")):
         with monkeypatch.context() as changed, contextlib.redirect_stdout(io.StringIO()) as printed:
             changed.setattr(sweep, "BAR", bar)
@@ -41,7 +41,7 @@ def test_never_slower_tells_what_is_below_the_bar(
         found = json.loads(file.read_text())["calls"]
         below = len(found) if bar else 0
         assert f"{below} of {len(found)} calls below {bar}" in printed.getvalue()
-    assert len(found) == sum("8x2" in str(case) for case in sweep.cases())
+    assert len(found) == sum("8x2, every" in str(case) for case in sweep.cases())
     for row in found:
         assert row["ratio"] == pytest.approx(row["torch_seconds"] / row["seconds"])
     assert [row["ratio"] for row in found] == sorted(row["ratio"] for row in found)
