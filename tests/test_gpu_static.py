@@ -23,7 +23,8 @@ Rows = list[dict[str, Any]]
 
 
 def python(*arguments: object) -> str:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    # What is on the path already comes first: tests and benchmarks both have an accuracy.py.
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT), str(ROOT / "benchmarks")]))
     environment = os.environ | {"PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)

@@ -19,9 +19,13 @@ def tests_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
-def test_compiled_code_is_right() -> None:
+IN_PLACE = ("--target", "sm_90", "--dtype", "bf16", "--only", "inplace", "--classes", "10,19,1000,4099")
+
+
+@pytest.mark.parametrize("which", [("--share",), IN_PLACE], ids=["share", "in_place"])
+def test_compiled_code_is_right(which: tuple[str, ...]) -> None:
     """Clusters, rows that begin anywhere, rows read twice, one-warp rows, pixels; in place, where threads may race."""
-    assert " 0 with faults" in python("-m", "ptx", "--share")
+    assert " 0 with faults" in python("-m", "ptx", *which)
 
 
 def test_broken_code_is_reported() -> None:
