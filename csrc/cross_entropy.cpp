@@ -57,8 +57,8 @@ void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes)
 #endif
 }
 
-// What a thread needs. Rows in lanes: four vectors a class. Classes in lanes: one number a class, where they are kept,
-// and what a block of them (at least 1,024) gives.
+// What a thread needs. Rows in lanes: across_rooms() vectors a class. Classes in lanes: one number a class, where they
+// are kept, and what a block of them (at least 1,024) gives.
 int64_t scratch_bytes(const Call& call) {
   const int64_t kept = call.across ? across_groups(call) * across_rooms(call) * across_room(call) * WIDEST_VECTOR
                                    : (call.C < MOST_ALONG ? call.C + 16 : 16) * 8 + (call.C / 1024 + 1) * 128;

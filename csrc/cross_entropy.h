@@ -149,7 +149,7 @@ using CombineFunction = void (*)(double* sums, const double* after, bool probs);
 // Groups of rows in lanes that are worked on at a time: as many as keep their logits in the L1 cache.
 constexpr int MOST_GROUPS = 8;
 FUSED_CE_INLINE int across_groups(const Call& call) { return call.C <= 16 ? MOST_GROUPS : call.C <= 64 ? 2 : 1; }
-// Of a group in scratch: places of so many vectors.
+// A group's scratch: so many rooms, each of so many vectors.
 FUSED_CE_INLINE int64_t across_room(const Call& call) { return call.C < MOST_KEPT ? call.C : MOST_KEPT; }
 FUSED_CE_INLINE int across_rooms(const Call& call) { return call.d_target.data ? 5 : 4; }
 

@@ -86,7 +86,7 @@ def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
     least = 750 if double else 110  # beyond it an exponential is 0
     rest = np.minimum(np.nan_to_num(rest, nan=0, posinf=0), least)
     # And where all are shifted near m, in float64 by a number that float64 itself rounds.
-    sum_rest = rest + double * widest / 4
+    sum_rest = rest + double * widest / 8
     far = np.minimum(np.nan_to_num(drop, nan=0, posinf=0), least)
     # float64 has no wider type to make z in: a relative error of z is an absolute one of its exponential.
     moved = double * (3 * widest if s is not None else widest if k not in (1.0, -1.0) else np.zeros(R))
@@ -133,8 +133,8 @@ def _answers(call: Drawn, slack: float, strict: bool) -> Answers:
             size = np.abs(loss) + z_size
         else:
             size, flushed_loss = np.abs(loss).sum() / D + z_size.sum() / count, flushed_loss.sum() / D
-        # Probabilities: 9.5 and the rounding: 8 were met in 2 of 50,000 calls, 9 in one of 100,000.
-        bound = (9.5 if probs else 3.5) * np.spacing(size.astype(np.float32)).astype(np.float64) + flushed_loss
+        # Probabilities: 8.5 and the rounding, as the contract says; 8.4 in all was met once in 70,000 calls.
+        bound = (8.5 if probs else 3.5) * np.spacing(size.astype(np.float32)).astype(np.float64) + flushed_loss
         bound = bound + size * (held.max(initial=0) if options["reduction"] != "none" else held)
 
     up = np.broadcast_to(call.upstream.double().numpy().astype(real).reshape(-1), R)

@@ -271,7 +271,10 @@ def test_a_malformed_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_import_with_a_malformed_variable() -> None:
     done = run("", FUSED_CE_POOL="on")
     assert done.returncode == 1
-    assert "ValueError: FUSED_CE_POOL: expected" in done.stderr.strip().splitlines()[-1]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: FUSED_CE_POOL: expected how many bytes")
+    assert "got 'on'" in last
+    assert "unset it" in last
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
